@@ -1,0 +1,347 @@
+// SPDX-License-Identifier: GPL-2.0
+/*
+ * Attaching: put a shared page in the place of equal anonymous pages.
+ *
+ * All page-table changes of the module are in this file. It works on up to
+ * BATCH_PAGES pages of one page table under one page-table lock (PTL), with the
+ * mmap_lock held for reading:
+ *
+ *   0. tell secondary MMUs          before the PTL, since they may sleep
+ *   1. clear the entries            nobody can start to use a page through them
+ *   2. flush the TLB, once          nobody goes on using a page through them
+ *   3. for each page: check its references, compare its bytes with the target
+ *   4. install the target, read-only; or put the old entry back as it was
+ *
+ * From 2 to 4 the pages cannot change: no CPU has a translation, page faults
+ * and every other change of these entries wait for the PTL, and a page that is
+ * referenced by anything but page tables (I/O) is left alone in 3. So the bytes
+ * that are compared are the bytes that are replaced. mm/ksm.c write-protects
+ * instead of clearing, lets go of the lock to compare, and needs the page lock
+ * and a second flush to make up for it; one flush per batch is what makes this
+ * cheap, and an entry that was never changed is what makes failure free.
+ *
+ * Who might meet a cleared entry, and why it does no harm:
+ *
+ *   page fault      reads the entry without lock, finds none, prepares a fresh
+ *                   page, takes the PTL and looks again (do_anonymous_page());
+ *                   by then the entry is back, and it starts over.
+ *   GUP-fast        reads entries without lock. Before the clearing: it takes
+ *                   its reference and then reads the entry again; either it
+ *                   sees the change and drops the reference, or step 3 sees the
+ *                   reference. Both sides have full barriers between. After:
+ *                   it finds nothing and falls back to a page fault.
+ *   rmap walks      (reclaim, migration, memory failure) may pass by without
+ *                   the PTL when they see none. They then find the page still
+ *                   mapped and give up; reclaim and migration come again.
+ *   fork, munmap,   need the mmap_lock for writing. So does making entries of
+ *   mremap,         this range read-only (mprotect, fork, soft-dirty): nobody
+ *   khugepaged      changes the protection meanwhile.
+ *   MADV_DONTNEED,  take the PTL before they look at an entry. So do MADV_FREE,
+ *   zap at exit     UFFDIO_MOVE, NUMA hinting, /proc/PID/pagemap, mincore.
+ *   exit            does not come: the target holds a reference on mm_users.
+ *   nofault reads   (bpf_probe_read_user(), perf's stack walks) fail, as they do
+ *                   on any page that is not there at the moment.
+ *   secondary MMUs  were told before (step 0), or are flushed with the TLB.
+ *
+ * Other mergemem requests and ksmd want the PTL too. What they did before it is
+ * void: the entry is read anew under the PTL, the frame it names is judged
+ * anew, and the bytes are compared under the same PTL hold.
+ */
+#include <linux/highmem.h>
+#include <linux/mmu_notifier.h>
+
+#include "attach.h"
+#include "counters.h"
+#include "merge.h"
+#include "shared.h"
+#include "symbols.h"
+#include "target.h"
+
+/* The 1998 codes tell whose page it was: the group's first, or another one. */
+u8 mergemem_no_page(struct merge_request *request, const struct merge_page *page)
+{
+	return page->index == group_of(request, page)->first ? MERGEMEM_NOPAGE1 :
+							       MERGEMEM_NOPAGE2;
+}
+
+/*
+ * The page behind a page-table entry, if its kind may be merged: returns
+ * UNDECIDED, or the reason why not. Caller holds the PTL.
+ */
+u8 mergemem_look(struct merge_request *request, const struct merge_run *run,
+	       const struct merge_page *page, pte_t entry, struct page **found)
+{
+	struct folio *folio;
+
+	if (!pte_present(entry) || pte_special(entry))
+		return mergemem_no_page(request, page);
+	if (pte_protnone(entry))
+		return MERGEMEM_BUSY;	/* a NUMA hint; the next access ends it */
+	*found = kernel_call(vm_normal_page)(run->vma, page->address, entry);
+	if (!*found)
+		return mergemem_no_page(request, page);
+	if (is_zone_device_page(*found) || PageHWPoison(*found))
+		return MERGEMEM_REFUSED;
+	if (mergemem_page_is_shared(*found))
+		return UNDECIDED;
+	folio = page_folio(*found);
+	if (!folio_test_anon(folio) || folio_test_ksm(folio))
+		return MERGEMEM_REFUSED;
+	if (folio_test_large(folio))
+		return MERGEMEM_HUGE;
+	return UNDECIDED;
+}
+
+static void notify_start(struct mmu_notifier_range *range,
+			 const struct merge_run *run)
+{
+	struct mm_struct *mm = run->vma->vm_mm;
+
+	compat_notifier_range_init(range, run->vma, run->pages[0].address,
+				   run->pages[run->count - 1].address +
+					   PAGE_SIZE);
+	/* Registration needs the mmap_lock for writing: start and end agree. */
+	if (mm_has_notifiers(mm))
+		kernel_call(__mmu_notifier_invalidate_range_start)(range);
+}
+
+static void notify_end(struct mmu_notifier_range *range)
+{
+	if (mm_has_notifiers(range->mm))
+		compat_notifier_range_end(range);
+}
+
+/* After this no CPU and no secondary MMU has a translation of the range. */
+static void flush(const struct mmu_notifier_range *range)
+{
+	kernel_call(flush_tlb_mm_range)(range->mm, range->start, range->end,
+					PAGE_SHIFT, false);
+	compat_flush_secondary(range);
+	mergemem_count(&mergemem_counted.tlb_flushes, 1);
+}
+
+/*
+ * Whether nothing but page tables, and the swap cache, refers to the page.
+ *
+ * Whoever wants to write to a page without going through a page-table entry
+ * (O_DIRECT, io_uring, RDMA, VFIO, vmsplice) holds a reference. A page that may
+ * be written to is exclusive: mapped by this entry alone, so that its map count
+ * is 1 and stays 1, and any other reference shows. A page mapped by several
+ * processes is written to by nobody; its counts may move while they are read
+ * (fork, exit), hence the two readings, and the worst that can come of a
+ * mistake is that a reader with a reference goes on reading bytes that
+ * nobody changes.
+ *
+ * The swap cache's reference is told from others only while the folio is
+ * locked, since its removal needs the lock. Trylock: the order is folio lock
+ * before PTL. On success with *locked the caller unlocks.
+ */
+static bool only_mapped(struct folio *folio, bool *locked)
+{
+	int map_count = mergemem_map_count(&folio->page);
+	int expected = map_count;
+
+	*locked = false;
+	if (folio_test_swapcache(folio)) {
+		if (!folio_trylock(folio))
+			return false;
+		*locked = true;
+		expected += folio_test_swapcache(folio);
+	}
+	/* Orders the clearing of the entry before; see GUP-fast above. */
+	smp_mb();
+	if (folio_ref_count(folio) == expected &&
+	    mergemem_map_count(&folio->page) == map_count)
+		return true;
+	if (*locked)
+		folio_unlock(folio);
+	*locked = false;
+	return false;
+}
+
+static bool equal_bytes(struct page *a, struct page *b)
+{
+	void *bytes_a = kmap_local_page(a);
+	void *bytes_b = kmap_local_page(b);
+	bool equal = !memcmp(bytes_a, bytes_b, PAGE_SIZE);
+
+	kunmap_local(bytes_b);
+	kunmap_local(bytes_a);
+	return equal;
+}
+
+/*
+ * Core mm's own last word on pins: a page that is exclusive to this mapping
+ * must be made shareable before the mapping goes, and that fails when it may be
+ * pinned. The entry is clear, as folio_try_share_anon_rmap_pte() asks. Called
+ * after the compare, because it cannot be undone.
+ */
+static bool may_share(struct folio *folio, struct page *page)
+{
+	return !PageAnonExclusive(page) ||
+	       !compat_try_share_anon_rmap(folio, page);
+}
+
+/* The entry for the target: read-only and clean, all else as it was. */
+static pte_t target_entry(struct vm_area_struct *vma, struct page *target,
+			  pte_t old)
+{
+	pte_t entry = pte_wrprotect(mk_pte(target, vma->vm_page_prot));
+
+	/* Merging changes no byte: whoever tracks writes shall see none. */
+	if (pte_soft_dirty(old))
+		entry = pte_mksoft_dirty(entry);
+	return entry;
+}
+
+/*
+ * Point of no return. The entry is clear and flushed, the PTL held: the new
+ * entry needs no flush, because nobody can have a translation of a clear one.
+ * The old page keeps the reference of its mapping; it is dropped after the
+ * lock.
+ */
+static void install(const struct merge_run *run, unsigned long address,
+		    pte_t *pte, pte_t old_entry, struct page *old,
+		    struct page *target)
+{
+	struct vm_area_struct *vma = run->vma;
+	bool was_anon = PageAnon(old);
+
+	get_page(target);
+	compat_add_file_rmap(target, vma);
+	set_pte_at(vma->vm_mm, address, pte,
+		   target_entry(vma, target, old_entry));
+	compat_remove_rmap(old, vma);
+	if (was_anon) {
+		compat_add_mm_counter(vma->vm_mm, MM_ANONPAGES, -1);
+		compat_add_mm_counter(vma->vm_mm, MM_FILEPAGES, 1);
+	}
+}
+
+static u8 attach_anon(const struct merge_run *run, unsigned long address,
+		      pte_t *pte, pte_t entry, struct page *old,
+		      struct page *target)
+{
+	struct folio *folio = page_folio(old);
+	u8 result = MERGEMEM_SUCCESS;
+	bool locked;
+
+	if (!only_mapped(folio, &locked))
+		return MERGEMEM_PINNED;
+	if (!equal_bytes(old, target))
+		result = MERGEMEM_NOTEQUAL;
+	else if (!may_share(folio, old))
+		result = MERGEMEM_PINNED;
+	else
+		install(run, address, pte, entry, old, target);
+
+	if (locked) {
+		/* The last mapping is gone: let the swap slot go with it. */
+		if (result == MERGEMEM_SUCCESS && !folio_mapped(folio))
+			kernel_call(folio_free_swap)(folio);
+		folio_unlock(folio);
+	}
+	return result;
+}
+
+static u8 attach_page(const struct merge_run *run, unsigned long address,
+		      pte_t *pte, pte_t entry, struct page *old,
+		      struct page *target)
+{
+	if (mergemem_map_count(target) >= READ_ONCE(mergemem_max_mappings))
+		return MERGEMEM_MOREMAP;
+	if (!mergemem_page_is_shared(old))
+		return attach_anon(run, address, pte, entry, old, target);
+	/*
+	 * From one shared page to another. Nobody writes to a shared page, so
+	 * references to it do not matter.
+	 */
+	if (!equal_bytes(old, target))
+		return MERGEMEM_NOTEQUAL;
+	install(run, address, pte, entry, old, target);
+	return MERGEMEM_SUCCESS;
+}
+
+/* Step 1. Returns whether there is anything to flush. */
+static bool clear_entries(struct merge_request *request,
+			  const struct merge_run *run, pte_t *first)
+{
+	struct merge_batch *batch = request->batch;
+	bool cleared = false;
+	unsigned int i;
+
+	for (i = 0; i < run->count; i++) {
+		struct merge_page *page = &run->pages[i];
+		u8 *result = result_of(request, page);
+		pte_t *pte = first + ((page->address - run->pages[0].address) >>
+				      PAGE_SHIFT);
+
+		batch->old[i] = NULL;
+		*result = mergemem_look(request, run, page, ptep_get(pte),
+			       &batch->old[i]);
+		if (*result == UNDECIDED &&
+		    batch->old[i] == group_of(request, page)->target)
+			*result = MERGEMEM_ALREADYSH;
+		if (*result != UNDECIDED) {
+			batch->old[i] = NULL;
+			continue;
+		}
+		batch->entry[i] = ptep_get_and_clear(run->vma->vm_mm,
+						     page->address, pte);
+		cleared = true;
+	}
+	return cleared;
+}
+
+/* Steps 3 and 4. */
+static void settle_entries(struct merge_request *request,
+			   const struct merge_run *run, pte_t *first)
+{
+	struct merge_batch *batch = request->batch;
+	unsigned int i;
+
+	for (i = 0; i < run->count; i++) {
+		struct merge_page *page = &run->pages[i];
+		u8 *result = result_of(request, page);
+		pte_t *pte = first + ((page->address - run->pages[0].address) >>
+				      PAGE_SHIFT);
+
+		if (!batch->old[i])
+			continue;
+		*result = attach_page(run, page->address, pte, batch->entry[i],
+				      batch->old[i],
+				      group_of(request, page)->target);
+		if (*result == MERGEMEM_SUCCESS)
+			batch->replaced[batch->replaced_count++] = batch->old[i];
+		else
+			set_pte_at(run->vma->vm_mm, page->address, pte,
+				   batch->entry[i]);
+	}
+}
+
+void mergemem_attach_run(struct merge_request *request,
+		       const struct merge_run *run)
+{
+	struct merge_batch *batch = request->batch;
+	struct mmu_notifier_range range;
+	spinlock_t *ptl;
+	unsigned int i;
+	pte_t *pte;
+
+	batch->replaced_count = 0;
+	notify_start(&range, run);
+	pte = mergemem_pte_lock(range.mm, range.start, &ptl);
+	if (pte) {
+		if (clear_entries(request, run, pte)) {
+			flush(&range);
+			settle_entries(request, run, pte);
+		}
+		pte_unmap_unlock(pte, ptl);
+	} else {
+		/* There was a page table in the survey; it is in motion. */
+		for (i = 0; i < run->count; i++)
+			*result_of(request, &run->pages[i]) = MERGEMEM_BUSY;
+	}
+	notify_end(&range);
+	release_pages(batch->replaced, batch->replaced_count);
+}

@@ -1,0 +1,101 @@
+/* SPDX-License-Identifier: GPL-2.0 */
+/*
+ * A MERGE request on its way: what merge.c prepares and attach.c carries out.
+ */
+#ifndef MERGEMEM_ATTACH_H
+#define MERGEMEM_ATTACH_H
+
+#include <linux/mm_types.h>
+#include <linux/uidgid.h>
+
+#include "uapi/mergemem.h"
+
+/*
+ * Pages per PTL hold. A page costs about 0.5 µs, nearly all of it the compare,
+ * so a page fault in the same 2 MiB waits 64 µs at worst, and one TLB flush
+ * serves 128 pages.
+ */
+#define BATCH_PAGES 128
+
+/* Not a result: the page has passed all checks so far. */
+#define UNDECIDED 0xff
+static_assert(__MERGEMEM_RESULT_COUNT < UNDECIDED);
+
+/* A candidate, as the passes see it: sorted, no longer in the request's order. */
+struct merge_page {
+	unsigned long address;
+	u32 process;
+	u32 group;
+	u32 index;		/* of the candidate in the request */
+	bool is_donor;
+};
+
+/**
+ * struct merge_group - pages that are believed to be equal
+ * @target: the shared page they will map, with a reference; or NULL
+ * @donor: the anonymous page to copy, with a reference, until @target exists
+ * @frame: the first frame that was seen, to tell whether there is another;
+ *	only compared, never followed, so it needs no reference
+ * @uid: real user of the first process found; the others must have it too
+ * @viable: pages that passed the survey
+ * @first: the group's first candidate in the order of the request
+ * @verdict: result of the pages that passed the survey; UNDECIDED: attach them
+ * @has_uid: @uid is set
+ * @has_two_frames: there is something to gain
+ */
+struct merge_group {
+	struct page *target;
+	struct page *donor;
+	struct page *frame;
+	kuid_t uid;
+	u32 viable;
+	u32 first;
+	u8 verdict;
+	bool has_uid;
+	bool has_two_frames;
+};
+
+struct merge_batch {
+	struct page *old[BATCH_PAGES];		/* NULL: entry not cleared */
+	pte_t entry[BATCH_PAGES];		/* as it was */
+	struct page *replaced[BATCH_PAGES];	/* to be freed */
+	unsigned int replaced_count;
+};
+
+struct merge_request {
+	const struct mergemem_merge_call *call;
+	struct mergemem_target *targets;
+	struct merge_page *pages;
+	struct merge_group *groups;
+	struct merge_batch *batch;
+	u8 *results;
+	bool needs_lru_drain;
+};
+
+/* A part of a request: pages of one process in one page table and mapping. */
+struct merge_run {
+	struct vm_area_struct *vma;
+	struct merge_page *pages;
+	unsigned int count;
+};
+
+static inline struct merge_group *group_of(struct merge_request *request,
+					   const struct merge_page *page)
+{
+	return &request->groups[page->group];
+}
+
+static inline u8 *result_of(struct merge_request *request,
+			    const struct merge_page *page)
+{
+	return &request->results[page->index];
+}
+
+u8 mergemem_no_page(struct merge_request *request, const struct merge_page *page);
+u8 mergemem_look(struct merge_request *request, const struct merge_run *run,
+		 const struct merge_page *page, pte_t entry,
+		 struct page **found);
+void mergemem_attach_run(struct merge_request *request,
+			 const struct merge_run *run);
+
+#endif /* MERGEMEM_ATTACH_H */

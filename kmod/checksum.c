@@ -1,0 +1,281 @@
+// SPDX-License-Identifier: GPL-2.0
+/*
+ * Checksums: all that user space gets to know of a page.
+ *
+ * xxh64 with a secret seed runs over the page at memory speed; SipHash with a
+ * secret key then turns its 64 bits into the 64 bits that leave the kernel. The
+ * first makes equal pages equal; the second sees to it that nothing but
+ * equality can be read off: what xxh64, which is no cryptographic function,
+ * might tell of its seed or of the page stays behind SipHash. Both secrets are
+ * drawn at load.
+ *
+ * Somebody who can shape the content of pages may make different pages collide
+ * in xxh64. That costs a comparison, and the comparison decides.
+ *
+ * Pages are read under their page-table lock, in portions of 128 KiB (some
+ * 20 µs): the lock keeps the page mapped, hence allocated, and no reference is
+ * needed, which another client would take for I/O in flight.
+ */
+#include <linux/highmem.h>
+#include <linux/mm.h>
+#include <linux/random.h>
+#include <linux/siphash.h>
+#include <linux/xxhash.h>
+
+#include "checksum.h"
+#include "counters.h"
+#include "shared.h"
+#include "symbols.h"
+#include "target.h"
+
+#define LINES_PER_PAGE		(PAGE_SIZE / MERGEMEM_DEPTH_STEP_BYTES)
+#define BYTES_PER_LOCK		(128 * 1024)
+
+static struct {
+	u64 seed;
+	siphash_key_t key;
+	u8 order[LINES_PER_PAGE];	/* in which cache lines are sampled */
+} secret __ro_after_init;
+
+/**
+ * mergemem_checksum_init - draw the secrets
+ *
+ * The order of lines is a random permutation (Fisher and Yates), so that
+ * nobody can prepare pages that differ everywhere but in the sample.
+ */
+void __init mergemem_checksum_init(void)
+{
+	unsigned int i;
+
+	get_random_bytes(&secret.seed, sizeof(secret.seed));
+	get_random_bytes(&secret.key, sizeof(secret.key));
+	for (i = 0; i < LINES_PER_PAGE; i++)
+		secret.order[i] = i;
+	for (i = LINES_PER_PAGE - 1; i; i--)
+		swap(secret.order[i], secret.order[get_random_u32() % (i + 1)]);
+}
+
+static u64 sample(const void *bytes, unsigned int depth_bytes)
+{
+	struct xxh64_state state;
+	unsigned int i;
+
+	xxh64_reset(&state, secret.seed);
+	for (i = 0; i < depth_bytes / MERGEMEM_DEPTH_STEP_BYTES; i++)
+		xxh64_update(&state,
+			     bytes + secret.order[i] * MERGEMEM_DEPTH_STEP_BYTES,
+			     MERGEMEM_DEPTH_STEP_BYTES);
+	return xxh64_digest(&state);
+}
+
+static u64 checksum(const void *bytes, unsigned int depth_bytes)
+{
+	u64 hash;
+
+	if (depth_bytes == PAGE_SIZE)
+		hash = xxh64(bytes, PAGE_SIZE, secret.seed);
+	else
+		hash = sample(bytes, depth_bytes);
+	return siphash_2u64(hash, depth_bytes, &secret.key);
+}
+
+static bool zero_filled(const u64 *words)
+{
+	/* Nearly every page shows in its first word that it is not. */
+	return !words[0] && !memchr_inv(words, 0, PAGE_SIZE);
+}
+
+static void record_bytes(struct page *page, unsigned int depth_bytes,
+			 struct mergemem_record *record)
+{
+	void *bytes = kmap_local_page(page);
+
+	record->checksum = checksum(bytes, depth_bytes);
+	if (record->state == MERGEMEM_STATE_ANON && depth_bytes == PAGE_SIZE &&
+	    zero_filled(bytes))
+		record->state = MERGEMEM_STATE_ZERO;
+	kunmap_local(bytes);
+}
+
+/* Caller holds the lock of the page table that maps the page. */
+static enum mergemem_state page_state(struct page *page)
+{
+	struct folio *folio = page_folio(page);
+
+	if (is_zone_device_page(page) || PageHWPoison(page))
+		return MERGEMEM_STATE_REFUSED;
+	if (mergemem_page_is_shared(page))
+		return MERGEMEM_STATE_MERGED;
+	if (!folio_test_anon(folio) || folio_test_ksm(folio))
+		return MERGEMEM_STATE_REFUSED;
+	if (folio_test_large(folio))
+		return MERGEMEM_STATE_HUGE;
+	if (folio_maybe_dma_pinned(folio))
+		return MERGEMEM_STATE_PINNED;
+	return MERGEMEM_STATE_ANON;
+}
+
+static void record_page(struct page *page, unsigned int depth_bytes,
+			struct mergemem_record *record)
+{
+	record->state = page_state(page);
+	if (record->state == MERGEMEM_STATE_REFUSED)
+		return;
+	record->map_count = compat_map_count(page);
+	record_bytes(page, depth_bytes, record);
+}
+
+static void record_pte(struct vm_area_struct *vma, unsigned long address,
+		       pte_t entry, unsigned int depth_bytes,
+		       struct mergemem_record *record)
+{
+	struct page *page;
+
+	if (pte_none(entry)) {
+		record->state = MERGEMEM_STATE_ABSENT;
+	} else if (!pte_present(entry)) {
+		record->state = MERGEMEM_STATE_SWAPPED;
+	} else if (pte_special(entry)) {
+		record->state = is_zero_pfn(pte_pfn(entry)) ?
+					MERGEMEM_STATE_ZERO_PAGE :
+					MERGEMEM_STATE_REFUSED;
+	} else {
+		page = kernel_call(vm_normal_page)(vma, address, entry);
+		if (page)
+			record_page(page, depth_bytes, record);
+		else
+			record->state = MERGEMEM_STATE_REFUSED;
+	}
+}
+
+static void fill_from_table(struct vm_area_struct *vma, pte_t *pte,
+			    unsigned long address, unsigned int pages,
+			    unsigned int depth_bytes,
+			    struct mergemem_record *records)
+{
+	unsigned int i;
+
+	for (i = 0; i < pages; i++)
+		record_pte(vma, address + i * PAGE_SIZE, ptep_get(pte + i),
+			   depth_bytes, &records[i]);
+}
+
+/*
+ * A huge page: one entry for 512 pages. The huge zero page is the one that is
+ * not anonymous.
+ */
+static void fill_from_huge(struct mm_struct *mm, unsigned long address,
+			   unsigned int pages, unsigned int depth_bytes,
+			   struct mergemem_record *records)
+{
+	pmd_t *pmd = kernel_call(mm_find_pmd)(mm, address);
+	spinlock_t *ptl;
+	unsigned int i;
+
+	if (!pmd)
+		return;
+	ptl = pmd_lock(mm, pmd);
+	for (i = 0; i < pages && pmd_present(*pmd) && pmd_trans_huge(*pmd);
+	     i++) {
+		struct page *page = pmd_page(*pmd) +
+				    pte_index(address + i * PAGE_SIZE);
+
+		if (PageAnon(page))
+			record_page(page, depth_bytes, &records[i]);
+		else
+			records[i].state = MERGEMEM_STATE_ZERO_PAGE;
+	}
+	spin_unlock(ptl);
+}
+
+/**
+ * mergemem_checksum_next_run - find the next run of pages worth a message
+ * @mm: whose pages; the caller holds the mmap_lock
+ * @start: where to look from
+ * @end: where to stop
+ * @run: filled in
+ *
+ * A run stays within one page table and one mapping; a run of refused pages is
+ * as long as its mapping. Skips what is not mapped.
+ *
+ * Return: 0, or -ENOENT when there is nothing more before @end
+ */
+int mergemem_checksum_next_run(struct mm_struct *mm, unsigned long start,
+			       unsigned long end, struct mergemem_run *run)
+{
+	while (start < end) {
+		struct vm_area_struct *vma = find_vma(mm, start);
+		unsigned long stop;
+		pmd_t *pmd;
+
+		if (!vma || vma->vm_start >= end)
+			return -ENOENT;
+		start = max(start, vma->vm_start);
+		stop = min(end, vma->vm_end);
+		run->address = start;
+		run->refused = !mergemem_vma_mergeable(vma);
+		if (run->refused) {
+			run->pages = (stop - start) >> PAGE_SHIFT;
+			return 0;
+		}
+		stop = min(stop, (start | ~PMD_MASK) + 1);
+		pmd = kernel_call(mm_find_pmd)(mm, start);
+		if (pmd && pmd_present(READ_ONCE(*pmd))) {
+			run->pages = (stop - start) >> PAGE_SHIFT;
+			return 0;
+		}
+		start = stop;
+		cond_resched();
+	}
+	return -ENOENT;
+}
+
+/* Every page that was read has a map count, and no other has one. */
+static void count_read(const struct mergemem_record *records,
+		       unsigned long pages, unsigned int depth_bytes)
+{
+	unsigned long i, read = 0;
+
+	for (i = 0; i < pages; i++)
+		read += records[i].map_count != 0;
+	if (depth_bytes == PAGE_SIZE)
+		mergemem_count(&mergemem_counted.checksummed_pages, read);
+	else
+		mergemem_count(&mergemem_counted.sampled_pages, read);
+}
+
+/**
+ * mergemem_checksum_fill - write the records of a run
+ * @mm: whose pages
+ * @run: from mergemem_checksum_next_run(), under the same mmap_lock
+ * @depth_bytes: how many bytes of each page enter the checksum
+ * @records: one per page of the run
+ */
+void mergemem_checksum_fill(struct mm_struct *mm, const struct mergemem_run *run,
+			    unsigned int depth_bytes,
+			    struct mergemem_record *records)
+{
+	struct vm_area_struct *vma = find_vma(mm, run->address);
+	unsigned int pages_per_lock = BYTES_PER_LOCK / depth_bytes;
+	unsigned int done, pages;
+
+	memset(records, 0, run->pages * sizeof(*records));
+	for (done = 0; done < run->pages; done += pages) {
+		unsigned long address = run->address + done * PAGE_SIZE;
+		spinlock_t *ptl;
+		pte_t *pte;
+
+		pages = min_t(unsigned int, pages_per_lock, run->pages - done);
+		pte = mergemem_pte_lock(mm, address, &ptl);
+		if (pte) {
+			fill_from_table(vma, pte, address, pages, depth_bytes,
+					records + done);
+			pte_unmap_unlock(pte, ptl);
+		} else {
+			fill_from_huge(mm, address, pages, depth_bytes,
+				       records + done);
+		}
+		cond_resched();
+	}
+	count_read(records, run->pages, depth_bytes);
+}

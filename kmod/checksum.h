@@ -1,0 +1,29 @@
+/* SPDX-License-Identifier: GPL-2.0 */
+#ifndef MERGEMEM_CHECKSUM_H
+#define MERGEMEM_CHECKSUM_H
+
+#include <linux/mm_types.h>
+
+#include "uapi/mergemem.h"
+
+void mergemem_checksum_init(void);
+
+/**
+ * struct mergemem_run - one message of a checksum dump
+ * @address: the first page of the run
+ * @pages: how many pages it covers
+ * @refused: the run lies in a mapping that is never merged; there are no records
+ */
+struct mergemem_run {
+	unsigned long address;
+	unsigned long pages;
+	bool refused;
+};
+
+int mergemem_checksum_next_run(struct mm_struct *mm, unsigned long start,
+			       unsigned long end, struct mergemem_run *run);
+void mergemem_checksum_fill(struct mm_struct *mm, const struct mergemem_run *run,
+			    unsigned int depth_bytes,
+			    struct mergemem_record *records);
+
+#endif /* MERGEMEM_CHECKSUM_H */

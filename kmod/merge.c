@@ -1,0 +1,387 @@
+// SPDX-License-Identifier: GPL-2.0
+/*
+ * MERGE: make pages that are believed to be equal share one frame.
+ *
+ * A request names groups of pages, each by process and address. It goes over
+ * them in passes, each sorted by process and address, holding one mmap_lock for
+ * reading and one page-table lock (PTL) at a time:
+ *
+ *   survey   Look at every page. Pages that cannot be merged get their result;
+ *            each group remembers a merged page to join, if it has one, or else
+ *            its first anonymous page, the donor.
+ *
+ *   prepare  Give each group with at least two frames its target: the merged
+ *            page, or a fresh shared page with the donor's bytes (shared.c).
+ *            No lock is held.
+ *
+ *   attach   Map the target in the place of every page of its group that still
+ *            has the same bytes. The donor may have changed since it was copied,
+ *            so it is compared like the rest; but it comes last, and only if
+ *            another page has come, since nothing is gained by a page that
+ *            shares with nobody. attach.c tells how.
+ */
+#include <linux/sched/signal.h>
+#include <linux/slab.h>
+#include <linux/sort.h>
+
+#include "attach.h"
+#include "counters.h"
+#include "merge.h"
+#include "shared.h"
+#include "symbols.h"
+#include "target.h"
+
+bool mergemem_allow_cross_uid;
+
+/* ---- survey ---- */
+
+static void survey_page(struct merge_request *request, struct merge_page *page,
+			struct page *found)
+{
+	struct merge_group *group = group_of(request, page);
+
+	group->viable++;
+	if (!group->frame)
+		group->frame = found;
+	else if (group->frame != found)
+		group->has_two_frames = true;
+
+	if (mergemem_page_is_shared(found)) {
+		if (!group->target) {
+			get_page(found);
+			group->target = found;
+		}
+		return;
+	}
+	if (!group->donor) {
+		get_page(found);
+		group->donor = found;
+		page->is_donor = true;
+	}
+	/*
+	 * A page that was just faulted in waits in a per-CPU list, which holds
+	 * a reference, before it gets to the LRU.
+	 */
+	if (!PageLRU(found))
+		request->needs_lru_drain = true;
+}
+
+static void survey_run(struct merge_request *request,
+		       const struct merge_run *run)
+{
+	unsigned long start = run->pages[0].address;
+	spinlock_t *ptl;
+	pte_t *pte = mergemem_pte_lock(run->vma->vm_mm, start, &ptl);
+	unsigned int i;
+
+	for (i = 0; i < run->count; i++) {
+		struct merge_page *page = &run->pages[i];
+		u8 *result = result_of(request, page);
+		struct page *found;
+
+		if (!pte) {
+			*result = mergemem_huge_at(run->vma->vm_mm, start) ?
+					  MERGEMEM_HUGE : mergemem_no_page(request, page);
+			continue;
+		}
+		*result = mergemem_look(request, run, page,
+			       ptep_get(pte + ((page->address - start) >>
+					       PAGE_SHIFT)),
+			       &found);
+		if (*result == UNDECIDED)
+			survey_page(request, page, found);
+	}
+	if (pte)
+		pte_unmap_unlock(pte, ptl);
+}
+
+/* ---- prepare ---- */
+
+/* The result of a whole group, or UNDECIDED when it has a target now. */
+static u8 prepare_group(struct merge_group *group)
+{
+	if (group->viable == 1)
+		return MERGEMEM_ALONE;
+	if (!group->has_two_frames)
+		return MERGEMEM_ALREADYSH;
+	if (!group->target)
+		group->target = mergemem_shared_create(group->donor);
+	return group->target ? UNDECIDED : MERGEMEM_NOMEM;
+}
+
+/* A merged page to join has been shared before: nobody need come first. */
+static bool shares_with_nobody(const struct merge_group *group)
+{
+	return !mergemem_map_count(group->target);
+}
+
+static void prepare(struct merge_request *request)
+{
+	unsigned int count = request->call->candidate_count;
+	unsigned int i;
+
+	mergemem_shared_reclaim_room();
+	for (i = 0; i < count; i++) {
+		struct merge_page *page = &request->pages[i];
+		struct merge_group *group = group_of(request, page);
+
+		/* Once per group: at its first candidate. */
+		if (page->index != group->first)
+			continue;
+		group->verdict = prepare_group(group);
+		/* Its own reference would look like I/O in step 3. */
+		if (group->donor)
+			put_page(group->donor);
+		group->donor = NULL;
+		cond_resched();
+	}
+	for (i = 0; i < count; i++) {
+		u8 *result = result_of(request, &request->pages[i]);
+
+		if (*result == UNDECIDED)
+			*result = group_of(request, &request->pages[i])->verdict;
+	}
+	if (request->needs_lru_drain) {
+		kernel_call(lru_add_drain_all)();
+		mergemem_count(&mergemem_counted.lru_drains, 1);
+	}
+}
+
+/* ---- passes ---- */
+
+/*
+ * How many pages from here make one run: same process, same page table, same
+ * mapping, and no address twice. (An address that is named twice comes first in
+ * the next run, and then finds a merged page.)
+ */
+static unsigned int run_length(const struct merge_page *pages,
+			       unsigned int available, unsigned long end)
+{
+	unsigned long stop = min(end, (pages[0].address | ~PMD_MASK) + 1);
+	unsigned int count = 1;
+
+	while (count < available && pages[count].process == pages[0].process &&
+	       pages[count].address < stop &&
+	       pages[count].address != pages[count - 1].address)
+		count++;
+	return count;
+}
+
+/*
+ * One run of undecided pages from here on: lock, act, unlock. The lock is
+ * dropped after each run, so that a writer waits for one batch at most.
+ * Returns how many pages are dealt with.
+ */
+static unsigned int do_run(struct merge_request *request,
+			   struct merge_page *pages, unsigned int available,
+			   void (*act)(struct merge_request *request,
+				       const struct merge_run *run))
+{
+	struct mergemem_target *target = &request->targets[pages[0].process];
+	struct merge_run run = { .pages = pages, .count = 1 };
+	struct mm_struct *mm = target->mm;
+
+	/* One wait per process and request: a busy one stays busy. */
+	if (target->busy || signal_pending(current) || mergemem_mm_lock(mm)) {
+		target->busy = true;
+		*result_of(request, pages) = MERGEMEM_BUSY;
+		return 1;
+	}
+	run.vma = find_vma(mm, pages[0].address);
+	if (!run.vma || pages[0].address < run.vma->vm_start) {
+		*result_of(request, pages) = mergemem_no_page(request, pages);
+	} else if (!mergemem_vma_mergeable(run.vma)) {
+		*result_of(request, pages) = MERGEMEM_REFUSED;
+	} else {
+		run.count = run_length(pages, available, run.vma->vm_end);
+		act(request, &run);
+	}
+	mergemem_mm_unlock(mm);
+	cond_resched();
+	return run.count;
+}
+
+/* Whether it is this page's turn. Donors have theirs after all others. */
+static bool is_due(struct merge_request *request, const struct merge_page *page,
+		   bool donors)
+{
+	return *result_of(request, page) == UNDECIDED &&
+	       page->is_donor == donors;
+}
+
+/* Goes over the pages that are due, in the largest runs that they make. */
+static void do_pass(struct merge_request *request, bool donors,
+		    void (*act)(struct merge_request *request,
+				const struct merge_run *run))
+{
+	struct merge_page *page = request->pages;
+	struct merge_page *end = page + request->call->candidate_count;
+	struct merge_page *stop;
+
+	while (page < end) {
+		if (!is_due(request, page, donors)) {
+			page++;
+			continue;
+		}
+		for (stop = page + 1; stop < min(end, page + BATCH_PAGES);
+		     stop++)
+			if (!is_due(request, stop, donors))
+				break;
+		page += do_run(request, page, stop - page, act);
+	}
+}
+
+/* Donors whose groups came to nothing have nobody to share with. */
+static void dismiss_donors(struct merge_request *request)
+{
+	unsigned int i;
+
+	for (i = 0; i < request->call->candidate_count; i++) {
+		struct merge_page *page = &request->pages[i];
+
+		if (is_due(request, page, true) &&
+		    shares_with_nobody(group_of(request, page)))
+			*result_of(request, page) = MERGEMEM_ALONE;
+	}
+}
+
+static int by_process_and_address(const void *a, const void *b)
+{
+	const struct merge_page *page_a = a, *page_b = b;
+
+	if (page_a->process != page_b->process)
+		return page_a->process < page_b->process ? -1 : 1;
+	if (page_a->address != page_b->address)
+		return page_a->address < page_b->address ? -1 : 1;
+	/* Keeps the order of the request for an address that is named twice. */
+	return page_a->index < page_b->index ? -1 : 1;
+}
+
+/* Finds each group's first candidate, its user, and the pages to refuse. */
+static void admit(struct merge_request *request, const int *errors)
+{
+	unsigned int i;
+
+	for (i = 0; i < request->call->candidate_count; i++)
+		group_of(request, &request->pages[i])->first = U32_MAX;
+	for (i = 0; i < request->call->candidate_count; i++) {
+		struct merge_page *page = &request->pages[i];
+		struct mergemem_target *target = &request->targets[page->process];
+		struct merge_group *group = group_of(request, page);
+		u8 *result = result_of(request, page);
+
+		if (group->first == U32_MAX)
+			group->first = i;
+		if (errors[page->process] == -EACCES) {
+			*result = MERGEMEM_REFUSED;
+		} else if (errors[page->process] == -EINTR) {
+			*result = MERGEMEM_BUSY;
+		} else if (errors[page->process]) {
+			*result = group->first == i ? MERGEMEM_NOTASK1 :
+						      MERGEMEM_NOTASK2;
+		} else if (!group->has_uid) {
+			group->uid = target->uid;
+			group->has_uid = true;
+		} else if (!uid_eq(group->uid, target->uid) &&
+			   !mergemem_allow_cross_uid) {
+			*result = MERGEMEM_DOMAIN;
+		}
+	}
+}
+
+static int request_init(struct merge_request *request,
+			const struct mergemem_merge_call *call, u8 *results)
+{
+	unsigned int count = call->candidate_count;
+	int *errors;
+	unsigned int i;
+
+	*request = (struct merge_request){ .call = call, .results = results };
+	memset(results, UNDECIDED, count);
+	request->targets = kvcalloc(call->process_count,
+				    sizeof(*request->targets), GFP_KERNEL);
+	request->pages = kvcalloc(count, sizeof(*request->pages), GFP_KERNEL);
+	request->groups = kvcalloc(count, sizeof(*request->groups), GFP_KERNEL);
+	request->batch = kvzalloc(sizeof(*request->batch), GFP_KERNEL);
+	errors = kvcalloc(call->process_count, sizeof(*errors), GFP_KERNEL);
+	if (!request->targets || !request->pages || !request->groups ||
+	    !request->batch || !errors) {
+		kvfree(errors);
+		return -ENOMEM;
+	}
+	for (i = 0; i < count; i++)
+		request->pages[i] = (struct merge_page){
+			.address = call->candidates[i].address,
+			.process = call->candidates[i].process,
+			.group = call->candidates[i].group,
+			.index = i,
+		};
+	for (i = 0; i < call->process_count; i++) {
+		const char *why;
+
+		errors[i] = mergemem_target_get(&request->targets[i],
+						&call->processes[i], &why);
+	}
+	admit(request, errors);
+	kvfree(errors);
+	sort(request->pages, count, sizeof(*request->pages),
+	     by_process_and_address, NULL);
+	return 0;
+}
+
+static void request_exit(struct merge_request *request)
+{
+	unsigned int i;
+
+	if (request->groups)
+		for (i = 0; i < request->call->candidate_count; i++)
+			if (request->groups[i].target)
+				put_page(request->groups[i].target);
+	if (request->targets)
+		for (i = 0; i < request->call->process_count; i++)
+			mergemem_target_put(&request->targets[i]);
+	kvfree(request->batch);
+	kvfree(request->groups);
+	kvfree(request->pages);
+	kvfree(request->targets);
+}
+
+static void count_results(const u8 *results, unsigned int count)
+{
+	unsigned int counts[__MERGEMEM_RESULT_COUNT] = {};
+	unsigned int i;
+
+	for (i = 0; i < count; i++)
+		counts[results[i]]++;
+	for (i = 0; i < __MERGEMEM_RESULT_COUNT; i++)
+		if (counts[i])
+			mergemem_count(&mergemem_counted.results[i], counts[i]);
+	mergemem_count(&mergemem_counted.merge_requests, 1);
+}
+
+/**
+ * mergemem_merge - carry out a MERGE request
+ * @call: the request
+ * @results: receives an enum mergemem_result per candidate
+ *
+ * A pending signal ends the work early: pages not reached yet get
+ * MERGEMEM_BUSY, those that are merged stay so.
+ *
+ * Return: 0, or -ENOMEM before anything was touched
+ */
+int mergemem_merge(const struct mergemem_merge_call *call, u8 *results)
+{
+	struct merge_request request;
+	int err = request_init(&request, call, results);
+
+	if (!err) {
+		do_pass(&request, false, survey_run);
+		prepare(&request);
+		do_pass(&request, false, mergemem_attach_run);
+		dismiss_donors(&request);
+		do_pass(&request, true, mergemem_attach_run);
+		count_results(results, call->candidate_count);
+	}
+	request_exit(&request);
+	return err;
+}

@@ -1,0 +1,205 @@
+// SPDX-License-Identifier: GPL-2.0
+/*
+ * Shared pages: what several processes map after a merge.
+ *
+ * A shared page is a fresh, unmovable page that belongs to nobody but the page
+ * tables that map it: one reference per mapping, with a file rmap, as a driver
+ * page in a private mapping has (vm_insert_page()). Core mm does the rest: a
+ * write fault copies it into an ordinary anonymous page, fork takes another
+ * reference, unmap drops one, and the last one frees it.
+ *
+ * So the module keeps no reference and can be unloaded at any time. What it
+ * keeps is a bitmap with one bit per page frame, set for every shared page that
+ * was made and cleared when a walk finds that the page is gone: 1 bit per 4 KiB
+ * frame is 2^34 / 2^12 / 8 = 512 KiB per 16 GiB, 2 MiB per 64 GiB. A bit is a
+ * hint; the mark and the map count of the page itself are the truth.
+ */
+#include <linux/bitmap.h>
+#include <linux/highmem.h>
+#include <linux/memory_hotplug.h>
+#include <linux/mmzone.h>
+#include <linux/mutex.h>
+#include <linux/sched.h>
+#include <linux/vmalloc.h>
+
+#include "shared.h"
+
+unsigned int mergemem_max_mappings = 1U << 20;
+unsigned long mergemem_max_shared_bytes;
+
+static unsigned long *shared_frames;
+static unsigned long shared_frames_bits;
+
+/* One walk over the bitmap at a time is enough. */
+static DEFINE_MUTEX(walk_lock);
+
+/* Bits set: never less than the true number of shared pages. */
+static atomic_long_t shared_frames_set;
+
+static void frame_set(unsigned long pfn)
+{
+	if (!test_and_set_bit(pfn, shared_frames))
+		atomic_long_inc(&shared_frames_set);
+}
+
+static void frame_clear(unsigned long pfn)
+{
+	if (test_and_clear_bit(pfn, shared_frames))
+		atomic_long_dec(&shared_frames_set);
+}
+
+static bool limit_reached(void)
+{
+	unsigned long limit_bytes = READ_ONCE(mergemem_max_shared_bytes);
+
+	return limit_bytes && atomic_long_read(&shared_frames_set) >=
+				      limit_bytes >> PAGE_SHIFT;
+}
+
+/**
+ * mergemem_shared_reclaim_room - forget pages that are gone, if that matters
+ *
+ * Bits of pages that were freed count against max_shared_bytes until a walk
+ * finds them. The walk looks at all shared pages, so this is called once a
+ * request, and walks only when the limit seems to be reached.
+ */
+void mergemem_shared_reclaim_room(void)
+{
+	struct mergemem_totals totals;
+
+	if (limit_reached())
+		mergemem_shared_totals(&totals);
+}
+
+/**
+ * mergemem_shared_create - make a shared page with the bytes of another page
+ * @donor: an anonymous page, with a reference; nobody stops its owner from
+ *	writing while it is copied. That is harmless: every page that shall map
+ *	the new one is compared with it first, the donor's own too.
+ *
+ * The page is allocated from unmovable memory, away from what compaction wants
+ * to move, and without trying so hard that somebody would get killed for it.
+ *
+ * Return: the page with one reference, to be dropped by put_page(): the page is
+ * freed then unless somebody maps it. NULL when there is no memory, or no room
+ * below max_shared_bytes.
+ */
+struct page *mergemem_shared_create(struct page *donor)
+{
+	struct page *page;
+	unsigned long pfn;
+
+	if (limit_reached())
+		return NULL;
+	page = alloc_page(GFP_KERNEL | __GFP_NORETRY | __GFP_NOWARN);
+	if (!page)
+		return NULL;
+	pfn = page_to_pfn(page);
+	if (pfn >= shared_frames_bits) {
+		/* Memory added after the module was loaded. */
+		__free_page(page);
+		return NULL;
+	}
+	copy_highpage(page, donor);
+	__SetPageUptodate(page);
+	/* The mark before the bit: forget_if_gone() looks the other way round. */
+	set_page_private(page, MERGEMEM_MARK ^ pfn);
+	frame_set(pfn);
+	return page;
+}
+
+/*
+ * Looks at a frame without any reference: the page may be freed, and allocated
+ * by somebody else, at any moment. struct page stays readable, a foreign page
+ * has no mark, and a free one no references, so the worst outcome is an answer
+ * that was right a moment ago.
+ */
+static bool frame_alive(unsigned long pfn)
+{
+	struct page *page = pfn_to_online_page(pfn);
+
+	return page && mergemem_page_is_shared(page) && page_ref_count(page) > 0;
+}
+
+/*
+ * Clears the bit of a page that is gone. The other party is a request that is
+ * given the same frame again: it marks the page, then sets the bit. Either its
+ * bit comes after the clearing and stays, or the second look sees its mark.
+ */
+static void forget_if_gone(unsigned long pfn)
+{
+	if (frame_alive(pfn))
+		return;
+	frame_clear(pfn);	/* a full barrier */
+	if (frame_alive(pfn))
+		frame_set(pfn);
+}
+
+/**
+ * mergemem_shared_totals - count shared pages and their mappings as of now
+ * @totals: filled in
+ *
+ * Exact when nothing changes meanwhile. A page that was made but is not mapped
+ * (yet) is not counted.
+ */
+void mergemem_shared_totals(struct mergemem_totals *totals)
+{
+	unsigned long pfn;
+
+	*totals = (struct mergemem_totals){};
+	mutex_lock(&walk_lock);
+	for_each_set_bit(pfn, shared_frames, shared_frames_bits) {
+		int mappings = 0;
+
+		if (frame_alive(pfn))
+			mappings = mergemem_map_count(pfn_to_page(pfn));
+		else
+			forget_if_gone(pfn);
+		if (mappings > 0) {
+			totals->shared_pages++;
+			totals->shared_mappings += mappings;
+		}
+		cond_resched();
+	}
+	mutex_unlock(&walk_lock);
+}
+
+static unsigned long end_of_memory_pfn(void)
+{
+	unsigned long end_pfn = 0;
+	int nid;
+
+	for_each_online_node(nid)
+		end_pfn = max(end_pfn, node_end_pfn(nid));
+	return end_pfn;
+}
+
+/* Finds the pages that an earlier load of the module left behind. */
+static void recognise(void)
+{
+	unsigned long pfn;
+
+	for (pfn = 0; pfn < shared_frames_bits; pfn++) {
+		if (frame_alive(pfn))
+			frame_set(pfn);
+		if (!(pfn % 4096))
+			cond_resched();
+	}
+}
+
+int mergemem_shared_init(void)
+{
+	shared_frames_bits = end_of_memory_pfn();
+	shared_frames = vzalloc(BITS_TO_LONGS(shared_frames_bits) *
+				sizeof(long));
+	if (!shared_frames)
+		return -ENOMEM;
+	recognise();
+	return 0;
+}
+
+/* The shared pages stay with the processes that map them. */
+void mergemem_shared_exit(void)
+{
+	vfree(shared_frames);
+}

@@ -1,0 +1,305 @@
+/* SPDX-License-Identifier: GPL-2.0 WITH Linux-syscall-note */
+/*
+ * The contract between mergemem.ko and user space: generic netlink family
+ * "mergemem", contract version 1.
+ *
+ * User space searches, the kernel decides. A client sees checksums, map counts
+ * and states of pages, never their bytes nor their frame numbers; it names
+ * pages that it believes to be equal, and the kernel compares them itself.
+ *
+ * Who may talk to it: a socket opened by, and used by, a task that has
+ * CAP_SYS_PTRACE in the initial user namespace; anybody else gets -EPERM. Each
+ * process named in a request is asked for with the access check of
+ * ptrace(PTRACE_ATTACH), so that security modules have their say.
+ *
+ * How errors arrive: a malformed request is refused whole, before anything has
+ * happened, with a negative errno and an extended-ack text that says what is
+ * wrong. A page that cannot be merged is no error: it gets a result code of
+ * its own, is left exactly as it was, and never fails its neighbours.
+ *
+ * How numbers grow: values are appended, never reused. Structures grow at
+ * their end; a client takes the length it got, and reads missing fields as 0.
+ * All values are in host byte order. Pages are 4096 bytes.
+ *
+ *   command    kind  request                      reply
+ *   ---------  ----  ---------------------------  ----------------------------
+ *   INFO       do    -                            CONTRACT_VERSION
+ *                                                 MODULE_VERSION FEATURES
+ *                                                 LIMITS COUNTERS TOTALS
+ *   CHECKSUM   dump  PROCESSES (exactly one)      per message: ADDRESS and
+ *                    ADDRESS PAGES DEPTH          either RECORDS or REFUSED
+ *   MERGE      do    PROCESSES CANDIDATES         RESULTS
+ *   UNMERGE    do    PROCESSES (exactly one)      UNMERGED NEXT
+ *                    ADDRESS PAGES
+ */
+#ifndef _UAPI_MERGEMEM_H
+#define _UAPI_MERGEMEM_H
+
+#include <linux/types.h>
+
+#define MERGEMEM_FAMILY_NAME		"mergemem"
+#define MERGEMEM_CONTRACT_VERSION	1
+
+/* Limits of one request; INFO reports them in struct mergemem_limits. */
+#define MERGEMEM_MAX_PROCESSES		1024	/* entries in PROCESSES */
+#define MERGEMEM_MAX_CANDIDATES		4000	/* entries in CANDIDATES */
+#define MERGEMEM_MAX_UNMERGE_PAGES	16384	/* pages changed by one UNMERGE */
+#define MERGEMEM_DEPTH_STEP_BYTES	64	/* DEPTH is a multiple of this */
+#define MERGEMEM_DEPTH_FULL_BYTES	4096	/* the whole page */
+
+/**
+ * enum mergemem_command - what a client can ask for
+ *
+ * @MERGEMEM_CMD_INFO: versions, limits, counters since load, live totals.
+ *
+ * @MERGEMEM_CMD_CHECKSUM: a dump over PAGES pages from ADDRESS of one process.
+ *	Each message covers a run of pages that starts at its own ADDRESS:
+ *	RECORDS holds one struct mergemem_record per page, REFUSED the number of
+ *	pages that lie in a mapping of a kind that is never merged. Pages
+ *	for which no message arrives are absent: nothing was ever mapped there.
+ *	Runs arrive in ascending order. Messages fill the receive buffer that
+ *	the client offers; 32 KiB or more is best.
+ *	The checksum is keyed with a secret drawn when the module is loaded:
+ *	equal pages have equal checksums (for one DEPTH and one load of the
+ *	module) and nothing else can be learnt from it. Two different pages may
+ *	share a checksum, which costs a comparison, never a wrong merge.
+ *	Errors: -ESRCH no such process (any more), -EACCES access denied or the
+ *	process is not dumpable, -EBUSY its mmap_lock could not be had.
+ *
+ * @MERGEMEM_CMD_MERGE: make the pages of each group share one frame. RESULTS
+ *	holds one enum mergemem_result per candidate, in the order of the
+ *	request. Candidates of a group need not be next to each other. If one
+ *	page of a group is a merged page already, the others join it.
+ *
+ * @MERGEMEM_CMD_UNMERGE: give the merged pages within PAGES pages from ADDRESS
+ *	private frames of their own again. Stops after
+ *	MERGEMEM_MAX_UNMERGE_PAGES; NEXT is the address to go on from, or the
+ *	end of the range when all is done.
+ *	Errors: as CHECKSUM, and -ENOMEM, before anything was changed, when
+ *	the memory that is available would not suffice for the range.
+ */
+enum mergemem_command {
+	MERGEMEM_CMD_UNSPEC,
+	MERGEMEM_CMD_INFO,
+	MERGEMEM_CMD_CHECKSUM,
+	MERGEMEM_CMD_MERGE,
+	MERGEMEM_CMD_UNMERGE,
+	__MERGEMEM_CMD_MAX,
+};
+#define MERGEMEM_CMD_MAX (__MERGEMEM_CMD_MAX - 1)
+
+/**
+ * enum mergemem_attribute - what messages are made of
+ *
+ * @MERGEMEM_A_PAD: alignment only, no content
+ * @MERGEMEM_A_CONTRACT_VERSION: u32, MERGEMEM_CONTRACT_VERSION of the module
+ * @MERGEMEM_A_MODULE_VERSION: string, the version of the module
+ * @MERGEMEM_A_FEATURES: u64, bits of enum mergemem_feature
+ * @MERGEMEM_A_LIMITS: struct mergemem_limits
+ * @MERGEMEM_A_COUNTERS: struct mergemem_counters
+ * @MERGEMEM_A_TOTALS: struct mergemem_totals
+ * @MERGEMEM_A_PROCESSES: array of struct mergemem_process, 1 to
+ *	MERGEMEM_MAX_PROCESSES entries
+ * @MERGEMEM_A_ADDRESS: u64, user address, a multiple of the page size
+ * @MERGEMEM_A_PAGES: u64, number of pages, at least 1; the range must lie
+ *	within the user address space
+ * @MERGEMEM_A_DEPTH: u32, how many bytes of each page enter the checksum:
+ *	MERGEMEM_DEPTH_STEP_BYTES to MERGEMEM_DEPTH_FULL_BYTES. Less than the
+ *	whole page is a sample of cache lines in a secret order: cheap, enough
+ *	to see that a page is unique, not enough to nominate it.
+ * @MERGEMEM_A_RECORDS: array of struct mergemem_record
+ * @MERGEMEM_A_REFUSED: u64, number of pages
+ * @MERGEMEM_A_CANDIDATES: array of struct mergemem_candidate, 1 to
+ *	MERGEMEM_MAX_CANDIDATES entries
+ * @MERGEMEM_A_RESULTS: array of u8, enum mergemem_result
+ * @MERGEMEM_A_UNMERGED: u64, number of pages that have frames of their own now
+ * @MERGEMEM_A_NEXT: u64, user address
+ */
+enum mergemem_attribute {
+	MERGEMEM_A_UNSPEC,
+	MERGEMEM_A_PAD,
+	MERGEMEM_A_CONTRACT_VERSION,
+	MERGEMEM_A_MODULE_VERSION,
+	MERGEMEM_A_FEATURES,
+	MERGEMEM_A_LIMITS,
+	MERGEMEM_A_COUNTERS,
+	MERGEMEM_A_TOTALS,
+	MERGEMEM_A_PROCESSES,
+	MERGEMEM_A_ADDRESS,
+	MERGEMEM_A_PAGES,
+	MERGEMEM_A_DEPTH,
+	MERGEMEM_A_RECORDS,
+	MERGEMEM_A_REFUSED,
+	MERGEMEM_A_CANDIDATES,
+	MERGEMEM_A_RESULTS,
+	MERGEMEM_A_UNMERGED,
+	MERGEMEM_A_NEXT,
+	__MERGEMEM_A_MAX,
+};
+#define MERGEMEM_A_MAX (__MERGEMEM_A_MAX - 1)
+
+/**
+ * enum mergemem_feature - what this load of the module does
+ *
+ * @MERGEMEM_FEATURE_CROSS_UID: loaded with allow_cross_uid=1: processes of
+ *	different real users may share pages
+ */
+enum mergemem_feature {
+	MERGEMEM_FEATURE_CROSS_UID = 1 << 0,
+};
+
+/**
+ * enum mergemem_process_flag - permissions that a client gives with a process
+ *
+ * @MERGEMEM_PROCESS_UNDUMPABLE: take the process although it is not dumpable
+ *	(prctl(PR_SET_DUMPABLE), or it changed its user id without exec)
+ */
+enum mergemem_process_flag {
+	MERGEMEM_PROCESS_UNDUMPABLE = 1 << 0,
+};
+#define MERGEMEM_PROCESS_FLAGS_ALL	MERGEMEM_PROCESS_UNDUMPABLE
+
+/**
+ * struct mergemem_process - names a process beyond doubt
+ *
+ * @pid: thread group id, as seen in the caller's pid namespace
+ * @flags: bits of enum mergemem_process_flag; other bits are refused
+ * @start_time: when it started, in clock ticks since boot, as field 22 of
+ *	/proc/PID/stat has it; a recycled pid has another one and is not found
+ */
+struct mergemem_process {
+	__u32 pid;
+	__u32 flags;
+	__u64 start_time;
+};
+
+/**
+ * struct mergemem_candidate - one page that is nominated for merging
+ *
+ * @address: user address, a multiple of the page size
+ * @process: index into PROCESSES
+ * @group: pages that carry the same number are believed to be equal; numbers
+ *	are below the number of candidates
+ */
+struct mergemem_candidate {
+	__u64 address;
+	__u32 process;
+	__u32 group;
+};
+
+/**
+ * enum mergemem_state - what CHECKSUM found in the place of a page
+ *
+ * @MERGEMEM_STATE_ABSENT: nothing is mapped
+ * @MERGEMEM_STATE_SWAPPED: on swap, or on its way (migrating)
+ * @MERGEMEM_STATE_ZERO_PAGE: the kernel's zero page; it takes no frame
+ * @MERGEMEM_STATE_ANON: an ordinary anonymous page, with checksum
+ * @MERGEMEM_STATE_ZERO: the same, filled with zeros (told at full depth only)
+ * @MERGEMEM_STATE_MERGED: a merged page, with checksum; map_count mappings
+ *	share it
+ * @MERGEMEM_STATE_HUGE: part of a huge page or large folio, with checksum;
+ *	not merged
+ * @MERGEMEM_STATE_PINNED: in use by I/O, with checksum; not merged meanwhile
+ * @MERGEMEM_STATE_REFUSED: a page of another kind: KSM's, a file's, a device's
+ */
+enum mergemem_state {
+	MERGEMEM_STATE_ABSENT,
+	MERGEMEM_STATE_SWAPPED,
+	MERGEMEM_STATE_ZERO_PAGE,
+	MERGEMEM_STATE_ANON,
+	MERGEMEM_STATE_ZERO,
+	MERGEMEM_STATE_MERGED,
+	MERGEMEM_STATE_HUGE,
+	MERGEMEM_STATE_PINNED,
+	MERGEMEM_STATE_REFUSED,
+	__MERGEMEM_STATE_COUNT,
+};
+
+/**
+ * struct mergemem_record - one page as CHECKSUM saw it
+ *
+ * @checksum: keyed checksum; 0 where the state says there is none
+ * @map_count: how many page-table entries map the frame
+ * @state: enum mergemem_state
+ * @reserved: 0
+ */
+struct mergemem_record {
+	__u64 checksum;
+	__u32 map_count;
+	__u16 state;
+	__u16 reserved;
+};
+
+/**
+ * enum mergemem_result - what became of one candidate
+ *
+ * The first eight are those of mergemem 0.05 (1998), where a request named two
+ * pages: 1 is now the first candidate of a group in the order of the request,
+ * 2 any other one.
+ *
+ * @MERGEMEM_SUCCESS: the page now shares the frame of its group
+ * @MERGEMEM_NOTASK1: the process of the group's first page is gone, is a
+ *	kernel thread, or its pid belongs to another process by now
+ * @MERGEMEM_NOTASK2: the same for another page of the group
+ * @MERGEMEM_NOPAGE1: at the address of the group's first page there is no page
+ *	in memory: nothing is mapped, or it is swapped, or it is the zero page
+ * @MERGEMEM_NOPAGE2: the same for another page of the group
+ * @MERGEMEM_ALREADYSH: it shares the frame of its group already
+ * @MERGEMEM_MOREMAP: the shared frame has as many mappings as it may have
+ *	(module parameter max_mappings)
+ * @MERGEMEM_NOTEQUAL: its bytes differ from those of its group
+ * @MERGEMEM_BUSY: the process or the page was in a transition; try later
+ * @MERGEMEM_PINNED: somebody besides its mappings uses the page: I/O, mostly
+ * @MERGEMEM_REFUSED: a process, mapping or page of a kind that is never merged
+ * @MERGEMEM_DOMAIN: the process has another real user than its group's first
+ * @MERGEMEM_NOMEM: no memory for the shared frame, or max_shared_bytes is
+ *	reached
+ * @MERGEMEM_HUGE: part of a huge page or large folio
+ * @MERGEMEM_ALONE: the page is fine, but no other page of its group was
+ */
+enum mergemem_result {
+	MERGEMEM_SUCCESS,
+	MERGEMEM_NOTASK1,
+	MERGEMEM_NOTASK2,
+	MERGEMEM_NOPAGE1,
+	MERGEMEM_NOPAGE2,
+	MERGEMEM_ALREADYSH,
+	MERGEMEM_MOREMAP,
+	MERGEMEM_NOTEQUAL,
+	MERGEMEM_BUSY,
+	MERGEMEM_PINNED,
+	MERGEMEM_REFUSED,
+	MERGEMEM_DOMAIN,
+	MERGEMEM_NOMEM,
+	MERGEMEM_HUGE,
+	MERGEMEM_ALONE,
+	__MERGEMEM_RESULT_COUNT,
+};
+
+/* What one request may hold; see the constants of the same names above. */
+struct mergemem_limits {
+	__u32 max_processes;
+	__u32 max_candidates;
+	__u32 max_unmerge_pages;
+	__u32 max_mappings;		/* per shared page: MOREMAP beyond it */
+	__u64 max_shared_bytes;		/* NOMEM beyond it; 0: no limit */
+};
+
+/* Counted since the module was loaded. */
+struct mergemem_counters {
+	__u64 checksummed_pages;	/* pages read in full for CHECKSUM */
+	__u64 sampled_pages;		/* pages read in part for CHECKSUM */
+	__u64 merge_requests;		/* MERGE requests carried out */
+	__u64 unmerged_pages;		/* pages given back their own frame */
+	__u64 tlb_flushes;		/* TLB flushes, one per page-table batch */
+	__u64 lru_drains;		/* times all CPUs drained their LRU lists */
+	__u64 results[16];		/* candidates by enum mergemem_result */
+};
+
+/* What is shared right now, by whichever load of the module. */
+struct mergemem_totals {
+	__u64 shared_pages;		/* frames that are shared pages */
+	__u64 shared_mappings;		/* page-table entries that map them */
+};
+
+#endif /* _UAPI_MERGEMEM_H */
