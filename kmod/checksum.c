@@ -45,14 +45,16 @@ static struct {
  */
 void __init mergemem_checksum_init(void)
 {
-	unsigned int i;
+	unsigned int i, other;
 
 	get_random_bytes(&secret.seed, sizeof(secret.seed));
 	get_random_bytes(&secret.key, sizeof(secret.key));
 	for (i = 0; i < LINES_PER_PAGE; i++)
 		secret.order[i] = i;
-	for (i = LINES_PER_PAGE - 1; i; i--)
-		swap(secret.order[i], secret.order[get_random_u32() % (i + 1)]);
+	for (i = LINES_PER_PAGE - 1; i; i--) {
+		other = get_random_u32() % (i + 1);
+		swap(secret.order[i], secret.order[other]);
+	}
 }
 
 static u64 sample(const void *bytes, unsigned int depth_bytes)
