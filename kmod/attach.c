@@ -100,6 +100,7 @@ static void notify_start(struct mmu_notifier_range *range,
 	compat_notifier_range_init(range, run->vma, run->pages[0].address,
 				   run->pages[run->count - 1].address +
 					   PAGE_SIZE);
+	might_sleep();
 	/* Registration needs the mmap_lock for writing: start and end agree. */
 	if (mm_has_notifiers(mm))
 		kernel_call(__mmu_notifier_invalidate_range_start)(range);

@@ -155,17 +155,25 @@ static inline int compat_try_share_anon_rmap(struct folio *folio,
 #endif
 }
 
-/* 6.3: the vma left struct mmu_notifier_range. */
+/*
+ * BLOCKABLE: subscribers may sleep, and so must carry the invalidation out;
+ * mmu_notifier_invalidate_range_start(), which is inline and calls what modules
+ * are not given, would set it. Without it they may refuse, having done nothing.
+ *
+ * 6.3: the vma left struct mmu_notifier_range.
+ */
 static inline void compat_notifier_range_init(struct mmu_notifier_range *range,
 					      struct vm_area_struct *vma,
 					      unsigned long start,
 					      unsigned long end)
 {
 #ifdef MERGEMEM_HAVE_NOTIFIER_RANGE_VMA
-	mmu_notifier_range_init(range, MMU_NOTIFY_CLEAR, 0, vma, vma->vm_mm,
+	mmu_notifier_range_init(range, MMU_NOTIFY_CLEAR,
+				MMU_NOTIFIER_RANGE_BLOCKABLE, vma, vma->vm_mm,
 				start, end);
 #else
-	mmu_notifier_range_init(range, MMU_NOTIFY_CLEAR, 0, vma->vm_mm, start,
+	mmu_notifier_range_init(range, MMU_NOTIFY_CLEAR,
+				MMU_NOTIFIER_RANGE_BLOCKABLE, vma->vm_mm, start,
 				end);
 #endif
 }

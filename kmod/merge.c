@@ -274,7 +274,7 @@ static void admit(struct merge_request *request, const int *errors)
 			group->first = i;
 		if (errors[page->process] == -EACCES) {
 			*result = MERGEMEM_REFUSED;
-		} else if (errors[page->process] == -EINTR) {
+		} else if (errors[page->process] == -EBUSY) {
 			*result = MERGEMEM_BUSY;
 		} else if (errors[page->process]) {
 			*result = group->first == i ? MERGEMEM_NOTASK1 :

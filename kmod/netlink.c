@@ -155,7 +155,7 @@ static int get_target(struct mergemem_target *target,
 	const char *why = NULL;
 	int err = mergemem_target_get(target, process, &why);
 
-	if (err && extack)
+	if (err)
 		extack->_msg = why;
 	return err;
 }
@@ -239,8 +239,9 @@ static int info_doit(struct sk_buff *skb, struct genl_info *info)
 
 /* Where a dump is; lives in the callback between its parts. */
 struct checksum_dump {
-	struct page_range range;		/* start moves on */
+	struct page_range range;	/* start moves on */
 	u32 depth_bytes;
+	bool parsed;
 };
 
 static_assert(sizeof(struct checksum_dump) <=
@@ -251,31 +252,23 @@ static struct checksum_dump *dump_of(struct netlink_callback *cb)
 	return (struct checksum_dump *)cb->ctx;
 }
 
-static int checksum_start(struct netlink_callback *cb)
+static int parse_checksum(struct nlattr **attrs, struct netlink_ext_ack *extack,
+			  struct checksum_dump *dump)
 {
-	struct nlattr **attrs = compat_dump_attrs(cb);
-	struct checksum_dump *dump = dump_of(cb);
-	struct mergemem_target target;
-	int err = check_capability(cb->skb, cb->extack);
+	int err = parse_range(attrs, extack, &dump->range);
 
 	if (err)
 		return err;
-	err = parse_range(attrs, cb->extack, &dump->range);
-	if (err)
-		return err;
 	if (!attrs[MERGEMEM_A_DEPTH])
-		return missing(cb->extack, "DEPTH is missing");
+		return missing(extack, "DEPTH is missing");
 	dump->depth_bytes = nla_get_u32(attrs[MERGEMEM_A_DEPTH]);
 	if (dump->depth_bytes % MERGEMEM_DEPTH_STEP_BYTES) {
-		NL_SET_ERR_MSG_ATTR(cb->extack, attrs[MERGEMEM_A_DEPTH],
+		NL_SET_ERR_MSG_ATTR(extack, attrs[MERGEMEM_A_DEPTH],
 				    "DEPTH is not a multiple of 64 bytes");
 		return -EINVAL;
 	}
-	/* Asked for here, so that its refusal is an ordinary error. */
-	err = get_target(&target, &dump->range.process, cb->extack);
-	if (!err)
-		mergemem_target_put(&target);
-	return err;
+	dump->parsed = true;
+	return 0;
 }
 
 /* Room for records behind what a message needs besides; 0 when there is none. */
@@ -356,12 +349,24 @@ static int dump_run(struct sk_buff *skb, struct netlink_callback *cb,
 	return err;
 }
 
+/*
+ * The request is taken apart by the first call, not by a start operation, which
+ * older kernels (6.1) give no extack: a refusal would come without a text.
+ */
 static int checksum_dumpit(struct sk_buff *skb, struct netlink_callback *cb)
 {
 	struct page_range *range = &dump_of(cb)->range;
 	struct mergemem_target target;
 	int err;
 
+	if (!dump_of(cb)->parsed) {
+		err = check_capability(cb->skb, cb->extack);
+		if (!err)
+			err = parse_checksum(compat_dump_attrs(cb), cb->extack,
+					     dump_of(cb));
+		if (err)
+			return err;
+	}
 	if (range->start >= range->end)
 		return 0;
 	/* Nothing is held between the parts: the reader may never come back. */
@@ -504,7 +509,6 @@ static const struct genl_ops operations[] = {
 		.cmd = MERGEMEM_CMD_CHECKSUM,
 		.policy = checksum_policy,
 		.maxattr = MERGEMEM_A_MAX,
-		.start = checksum_start,
 		.dumpit = checksum_dumpit,
 	},
 	{

@@ -16,6 +16,7 @@
 
 #include <linux/mm.h>
 #include <linux/mmu_notifier.h>
+#include <linux/ptrace.h>
 #include <linux/rmap.h>
 #include <linux/sched/mm.h>
 #include <linux/static_call.h>
@@ -34,7 +35,7 @@ void flush_tlb_mm_range(struct mm_struct *mm, unsigned long start,
  * that none can be called without having been resolved.
  */
 #define MERGEMEM_SYMBOLS(SYMBOL)				\
-	SYMBOL(mm_access)					\
+	SYMBOL(ptrace_may_access)				\
 	SYMBOL(mm_find_pmd)					\
 	SYMBOL(vm_normal_page)					\
 	SYMBOL(flush_tlb_mm_range)				\

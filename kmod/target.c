@@ -39,58 +39,79 @@ static struct task_struct *task_get(const struct mergemem_process *process)
 	return task;
 }
 
+/*
+ * May be the last reference, if the process has ended meanwhile; tearing down
+ * its memory is nothing to keep a request waiting for.
+ */
+void mergemem_target_put(struct mergemem_target *target)
+{
+	if (target->mm)
+		mmput_async(target->mm);
+	target->mm = NULL;
+}
+
+/*
+ * What mm_access() does, but without waiting for an exec in progress: it may
+ * take as long as the process likes (closing a file of a slow FUSE server), and
+ * whoever waits here holds generic netlink's cb_lock against the whole host.
+ *
+ * exec_update_lock makes one of three looks: the memory, the permission to touch
+ * it and the user belong to the same program, and an exec of a set-user-id
+ * program comes before all of them or after.
+ */
+static int look_at_task(struct mergemem_target *target,
+			struct task_struct *task, u32 flags, const char **why)
+{
+	if (!down_read_trylock(&task->signal->exec_update_lock)) {
+		*why = "the process is executing another program; try again later";
+		return -EBUSY;
+	}
+	target->uid = task_uid(task);
+	target->mm = get_task_mm(task);
+	if (!target->mm)
+		*why = "the process has no memory: it is ending, or a kernel thread";
+	else if (!kernel_call(ptrace_may_access)(task,
+						 PTRACE_MODE_ATTACH_REALCREDS))
+		*why = "access to the process was denied, as ptrace would be";
+	else if (get_dumpable(target->mm) != SUID_DUMP_USER &&
+		 !(flags & MERGEMEM_PROCESS_UNDUMPABLE))
+		*why = "the process is not dumpable; a policy must name it (include_undumpable)";
+	else
+		*why = NULL;
+	up_read(&task->signal->exec_update_lock);
+
+	if (!target->mm)
+		return -ESRCH;
+	if (!*why)
+		return 0;
+	mergemem_target_put(target);
+	return -EACCES;
+}
+
 /**
  * mergemem_target_get - look a process up and get hold of its memory
- * @target: filled in on success
+ * @target: filled in on success; its mm is NULL otherwise
  * @process: which one, and what the client permits
  * @why: set to a sentence for a human on failure
  *
- * mm_access() looks at the task under its exec_update_lock, so that what was
- * checked and what is returned belong to the same program: an exec of a
- * set-user-id program comes either before both or after both.
- *
  * Return: 0; -ESRCH: gone, recycled, or a kernel thread; -EACCES: refused;
- * -EINTR: killed meanwhile.
+ * -EBUSY: in the middle of an exec
  */
 int mergemem_target_get(struct mergemem_target *target,
 			const struct mergemem_process *process,
 			const char **why)
 {
 	struct task_struct *task = task_get(process);
-	struct mm_struct *mm;
+	int err;
 
-	*why = "no such process: it has ended, or the pid belongs to another one";
-	if (!task)
+	*target = (struct mergemem_target){};
+	if (!task) {
+		*why = "no such process: it has ended, or the pid belongs to another one";
 		return -ESRCH;
-
-	mm = kernel_call(mm_access)(task, PTRACE_MODE_ATTACH_REALCREDS);
-	target->uid = task_uid(task);
+	}
+	err = look_at_task(target, task, process->flags, why);
 	put_task_struct(task);
-	if (IS_ERR_OR_NULL(mm)) {
-		if (PTR_ERR(mm) == -EINTR)
-			return -EINTR;
-		if (!mm || PTR_ERR(mm) == -ESRCH) {
-			*why = "the process has no memory: it is ending, or a kernel thread";
-			return -ESRCH;
-		}
-		*why = "access to the process was denied, as ptrace would be";
-		return -EACCES;
-	}
-	if (get_dumpable(mm) != SUID_DUMP_USER &&
-	    !(process->flags & MERGEMEM_PROCESS_UNDUMPABLE)) {
-		*why = "the process is not dumpable; a policy must name it (include_undumpable)";
-		mmput(mm);
-		return -EACCES;
-	}
-	target->mm = mm;
-	return 0;
-}
-
-void mergemem_target_put(struct mergemem_target *target)
-{
-	if (target->mm)
-		mmput(target->mm);
-	target->mm = NULL;
+	return err;
 }
 
 /**

@@ -64,7 +64,9 @@
  *	module) and nothing else can be learnt from it. Two different pages may
  *	share a checksum, which costs a comparison, never a wrong merge.
  *	Errors: -ESRCH no such process (any more), -EACCES access denied or the
- *	process is not dumpable, -EBUSY its mmap_lock could not be had.
+ *	process is not dumpable, -EBUSY its mmap_lock could not be had, or it
+ *	is in the middle of an exec. All errors of a dump, those of a malformed
+ *	request too, may arrive with its NLMSG_DONE.
  *
  * @MERGEMEM_CMD_MERGE: make the pages of each group share one frame. RESULTS
  *	holds one enum mergemem_result per candidate, in the order of the
