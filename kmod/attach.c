@@ -18,26 +18,27 @@
  * that are compared are the bytes that are replaced. mm/ksm.c write-protects
  * instead of clearing, lets go of the lock to compare, and needs the page lock
  * and a second flush to make up for it; one flush per batch is what makes this
- * cheap, and an entry that was never changed is what makes failure free.
+ * cheap, and an entry that is put back as it was is what makes failure free.
  *
  * Who might meet a cleared entry, and why it does no harm:
  *
  *   page fault      reads the entry without lock, finds none, prepares a fresh
  *                   page, takes the PTL and looks again (do_anonymous_page());
- *                   by then the entry is back, and it starts over.
+ *                   by then the entry is back, and it starts over, having
+ *                   allocated a page for nothing.
  *   GUP-fast        reads entries without lock. Before the clearing: it takes
  *                   its reference and then reads the entry again; either it
  *                   sees the change and drops the reference, or step 3 sees the
  *                   reference. Both sides have full barriers between. After:
  *                   it finds nothing and falls back to a page fault.
- *   rmap walks      (reclaim, migration, memory failure) may pass by without
- *                   the PTL when they see none. They then find the page still
- *                   mapped and give up; reclaim and migration come again.
- *   fork, munmap,   need the mmap_lock for writing. So does making entries of
- *   mremap,         this range read-only (mprotect, fork, soft-dirty): nobody
- *   khugepaged      changes the protection meanwhile.
- *   MADV_DONTNEED,  take the PTL before they look at an entry. So do MADV_FREE,
- *   zap at exit     UFFDIO_MOVE, NUMA hinting, /proc/PID/pagemap, mincore.
+ *   rmap walks      (reclaim, migration) may pass by without the PTL when they
+ *                   see none. They then find the page still mapped, give up, and
+ *                   come again. Memory failure waits for the PTL.
+ *   fork, mremap,   need the mmap_lock for writing; munmap takes the mapping out
+ *   khugepaged,     under it before it comes here.
+ *   munmap
+ *   mprotect, zap,  take the PTL before they look at an entry. So do ksmd,
+ *   MADV_DONTNEED   MADV_FREE, UFFDIO_MOVE, NUMA hinting, pagemap, mincore.
  *   exit            does not come: the target holds a reference on mm_users.
  *   nofault reads   (bpf_probe_read_user(), perf's stack walks) fail, as they do
  *                   on any page that is not there at the moment.
@@ -75,6 +76,8 @@ u8 mergemem_look(struct merge_request *request, const struct merge_run *run,
 
 	if (!pte_present(entry) || pte_special(entry))
 		return mergemem_no_page(request, page);
+	if (!vma_is_accessible(run->vma))
+		return MERGEMEM_REFUSED;	/* PROT_NONE: set aside */
 	if (pte_protnone(entry))
 		return MERGEMEM_BUSY;	/* a NUMA hint; the next access ends it */
 	*found = kernel_call(vm_normal_page)(run->vma, page->address, entry);
@@ -125,13 +128,13 @@ static void flush(const struct mmu_notifier_range *range)
  * Whether nothing but page tables, and the swap cache, refers to the page.
  *
  * Whoever wants to write to a page without going through a page-table entry
- * (O_DIRECT, io_uring, RDMA, VFIO, vmsplice) holds a reference. A page that may
- * be written to is exclusive: mapped by this entry alone, so that its map count
- * is 1 and stays 1, and any other reference shows. A page mapped by several
- * processes is written to by nobody; its counts may move while they are read
- * (fork, exit), hence the two readings, and the worst that can come of a
- * mistake is that a reader with a reference goes on reading bytes that
- * nobody changes.
+ * (O_DIRECT, io_uring, RDMA, VFIO) got hold of it through a writable entry and
+ * keeps a reference. A page with a writable entry is exclusive: mapped by this
+ * entry alone, so that its map count is 1 and stays 1, and any other reference
+ * shows. The counts of a page that several processes map may move while they
+ * are read (fork, exit), hence the two readings. To be mistaken then takes a
+ * writer that kept a reference without a pin across a fork, of which the kernel
+ * itself says that it may see its data go to either process.
  *
  * The swap cache's reference is told from others only while the folio is
  * locked, since its removal needs the lock. Trylock: the order is folio lock
@@ -249,7 +252,7 @@ static u8 attach_page(const struct merge_run *run, unsigned long address,
 		      pte_t *pte, pte_t entry, struct page *old,
 		      struct page *target)
 {
-	if (mergemem_map_count(target) >= READ_ONCE(mergemem_max_mappings))
+	if (mergemem_is_full(target))
 		return MERGEMEM_MOREMAP;
 	if (!mergemem_page_is_shared(old))
 		return attach_anon(run, address, pte, entry, old, target);

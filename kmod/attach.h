@@ -11,9 +11,9 @@
 #include "uapi/mergemem.h"
 
 /*
- * Pages per PTL hold. A page costs about 0.5 µs, nearly all of it the compare,
- * so a page fault in the same 2 MiB waits 64 µs at worst, and one TLB flush
- * serves 128 pages.
+ * Pages per PTL hold: one TLB flush serves so many. A page costs 0.4 to 1 µs,
+ * nearly all of it the compare, which is how long a page fault in the same 2 MiB
+ * may have to wait: some 0.1 ms.
  */
 #define BATCH_PAGES 128
 
@@ -38,6 +38,7 @@ struct merge_page {
  *	only compared, never followed, so it needs no reference
  * @uid: real user of the first process found; the others must have it too
  * @viable: pages that passed the survey
+ * @unequal: pages that differed from @target
  * @first: the group's first candidate in the order of the request
  * @verdict: result of the pages that passed the survey; UNDECIDED: attach them
  * @has_uid: @uid is set
@@ -49,6 +50,7 @@ struct merge_group {
 	struct page *frame;
 	kuid_t uid;
 	u32 viable;
+	u32 unequal;
 	u32 first;
 	u8 verdict;
 	bool has_uid;
@@ -69,6 +71,7 @@ struct merge_request {
 	struct merge_group *groups;
 	struct merge_batch *batch;
 	u8 *results;
+	unsigned int patience;
 	bool needs_lru_drain;
 };
 

@@ -208,7 +208,6 @@ int mergemem_checksum_next_run(struct mm_struct *mm, unsigned long start,
 	while (start < end) {
 		struct vm_area_struct *vma = find_vma(mm, start);
 		unsigned long stop;
-		pmd_t *pmd;
 
 		if (!vma || vma->vm_start >= end)
 			return -ENOENT;
@@ -220,9 +219,7 @@ int mergemem_checksum_next_run(struct mm_struct *mm, unsigned long start,
 			run->pages = (stop - start) >> PAGE_SHIFT;
 			return 0;
 		}
-		stop = min(stop, (start | ~PMD_MASK) + 1);
-		pmd = kernel_call(mm_find_pmd)(mm, start);
-		if (pmd && pmd_present(READ_ONCE(*pmd))) {
+		if (mergemem_table_at(mm, start, &stop)) {
 			run->pages = (stop - start) >> PAGE_SHIFT;
 			return 0;
 		}

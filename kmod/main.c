@@ -28,10 +28,10 @@ MODULE_PARM_DESC(allow_cross_uid,
 		 "let processes of different real users share pages (default: no)");
 module_param_named(max_mappings, mergemem_max_mappings, uint, 0644);
 MODULE_PARM_DESC(max_mappings,
-		 "mappings that one shared page may have (default: 1048576)");
+		 "mappings that one shared page may have (default: 4096)");
 module_param_named(max_shared_bytes, mergemem_max_shared_bytes, ulong, 0644);
 MODULE_PARM_DESC(max_shared_bytes,
-		 "bytes of shared pages, which cannot be swapped; 0: no limit (default)");
+		 "bytes of shared pages, which cannot be swapped and are charged to no cgroup; 0: no limit (default: half of the memory)");
 
 static int __init mergemem_init(void)
 {

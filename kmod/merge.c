@@ -19,6 +19,10 @@
  *            so it is compared like the rest; but it comes last, and only if
  *            another page has come, since nothing is gained by a page that
  *            shares with nobody. attach.c tells how.
+ *
+ * Pages that turned out to differ from their group's target may still be equal to
+ * each other: one bad donor must not fail its neighbours. Where two or more are
+ * left, they make another round, up to MAX_ROUNDS.
  */
 #include <linux/sched/signal.h>
 #include <linux/slab.h>
@@ -31,27 +35,38 @@
 #include "symbols.h"
 #include "target.h"
 
+/*
+ * Each round costs the pages that are left another compare; groups whose pages
+ * all differ, as a confused client may send them, must not take forever.
+ */
+#define MAX_ROUNDS 4
+
 bool mergemem_allow_cross_uid;
 
 /* ---- survey ---- */
 
-static void survey_page(struct merge_request *request, struct merge_page *page,
-			struct page *found)
+/* Returns UNDECIDED, or the page's result. */
+static u8 survey_page(struct merge_request *request, struct merge_page *page,
+		      struct page *found)
 {
 	struct merge_group *group = group_of(request, page);
+	bool is_shared = mergemem_page_is_shared(found);
 
+	/* A full one stays what it is; the others make a new one. */
+	if (is_shared && mergemem_is_full(found))
+		return MERGEMEM_ALREADYSH;
 	group->viable++;
 	if (!group->frame)
 		group->frame = found;
 	else if (group->frame != found)
 		group->has_two_frames = true;
 
-	if (mergemem_page_is_shared(found)) {
+	if (is_shared) {
 		if (!group->target) {
 			get_page(found);
 			group->target = found;
 		}
-		return;
+		return UNDECIDED;
 	}
 	if (!group->donor) {
 		get_page(found);
@@ -64,6 +79,7 @@ static void survey_page(struct merge_request *request, struct merge_page *page,
 	 */
 	if (!PageLRU(found))
 		request->needs_lru_drain = true;
+	return UNDECIDED;
 }
 
 static void survey_run(struct merge_request *request,
@@ -89,7 +105,7 @@ static void survey_run(struct merge_request *request,
 					       PAGE_SHIFT)),
 			       &found);
 		if (*result == UNDECIDED)
-			survey_page(request, page, found);
+			*result = survey_page(request, page, found);
 	}
 	if (pte)
 		pte_unmap_unlock(pte, ptl);
@@ -100,6 +116,8 @@ static void survey_run(struct merge_request *request,
 /* The result of a whole group, or UNDECIDED when it has a target now. */
 static u8 prepare_group(struct merge_group *group)
 {
+	if (!group->viable)
+		return UNDECIDED;
 	if (group->viable == 1)
 		return MERGEMEM_ALONE;
 	if (!group->has_two_frames)
@@ -129,7 +147,7 @@ static void prepare(struct merge_request *request)
 		if (page->index != group->first)
 			continue;
 		group->verdict = prepare_group(group);
-		/* Its own reference would look like I/O in step 3. */
+		/* This reference would make attaching believe in I/O. */
 		if (group->donor)
 			put_page(group->donor);
 		group->donor = NULL;
@@ -182,7 +200,8 @@ static unsigned int do_run(struct merge_request *request,
 	struct mm_struct *mm = target->mm;
 
 	/* One wait per process and request: a busy one stays busy. */
-	if (target->busy || signal_pending(current) || mergemem_mm_lock(mm)) {
+	if (target->busy || signal_pending(current) ||
+	    mergemem_mm_lock(mm, &request->patience)) {
 		target->busy = true;
 		*result_of(request, pages) = MERGEMEM_BUSY;
 		return 1;
@@ -245,6 +264,52 @@ static void dismiss_donors(struct merge_request *request)
 	}
 }
 
+static void do_round(struct merge_request *request)
+{
+	do_pass(request, false, survey_run);
+	prepare(request);
+	do_pass(request, false, mergemem_attach_run);
+	dismiss_donors(request);
+	do_pass(request, true, mergemem_attach_run);
+}
+
+/*
+ * Makes those pages of each group undecided again that differed from its target,
+ * if they are two or more. Returns whether there are any.
+ */
+static bool regroup(struct merge_request *request)
+{
+	unsigned int count = request->call->candidate_count;
+	bool again = false;
+	unsigned int i;
+
+	for (i = 0; i < count; i++) {
+		group_of(request, &request->pages[i])->viable = 0;
+		group_of(request, &request->pages[i])->unequal = 0;
+	}
+	for (i = 0; i < count; i++)
+		if (*result_of(request, &request->pages[i]) == MERGEMEM_NOTEQUAL)
+			group_of(request, &request->pages[i])->unequal++;
+	for (i = 0; i < count; i++) {
+		struct merge_page *page = &request->pages[i];
+		struct merge_group *group = group_of(request, page);
+
+		if (*result_of(request, page) != MERGEMEM_NOTEQUAL ||
+		    group->unequal < 2)
+			continue;
+		if (group->target)
+			put_page(group->target);
+		group->target = NULL;
+		group->frame = NULL;
+		group->has_two_frames = false;
+		page->is_donor = false;
+		*result_of(request, page) = UNDECIDED;
+		again = true;
+	}
+	request->needs_lru_drain = false;
+	return again;
+}
+
 static int by_process_and_address(const void *a, const void *b)
 {
 	const struct merge_page *page_a = a, *page_b = b;
@@ -296,7 +361,11 @@ static int request_init(struct merge_request *request,
 	int *errors;
 	unsigned int i;
 
-	*request = (struct merge_request){ .call = call, .results = results };
+	*request = (struct merge_request){
+		.call = call,
+		.results = results,
+		.patience = MERGEMEM_PATIENCE,
+	};
 	memset(results, UNDECIDED, count);
 	request->targets = kvcalloc(call->process_count,
 				    sizeof(*request->targets), GFP_KERNEL);
@@ -352,7 +421,8 @@ static void count_results(const u8 *results, unsigned int count)
 	unsigned int i;
 
 	for (i = 0; i < count; i++)
-		counts[results[i]]++;
+		if (!WARN_ON_ONCE(results[i] >= ARRAY_SIZE(counts)))
+			counts[results[i]]++;
 	for (i = 0; i < __MERGEMEM_RESULT_COUNT; i++)
 		if (counts[i])
 			mergemem_count(&mergemem_counted.results[i], counts[i]);
@@ -373,13 +443,12 @@ int mergemem_merge(const struct mergemem_merge_call *call, u8 *results)
 {
 	struct merge_request request;
 	int err = request_init(&request, call, results);
+	unsigned int round = 0;
 
 	if (!err) {
-		do_pass(&request, false, survey_run);
-		prepare(&request);
-		do_pass(&request, false, mergemem_attach_run);
-		dismiss_donors(&request);
-		do_pass(&request, true, mergemem_attach_run);
+		do
+			do_round(&request);
+		while (++round < MAX_ROUNDS && regroup(&request));
 		count_results(results, call->candidate_count);
 	}
 	request_exit(&request);

@@ -8,7 +8,10 @@
  * and refuses attributes that a command does not know.
  *
  * parallel_ops: requests of different sockets run side by side, and none holds
- * the global generic-netlink mutex. Unloading waits for requests in flight.
+ * the global generic-netlink mutex. Each does hold generic netlink's cb_lock for
+ * reading, which whoever loads or unloads a family waits for, and others behind
+ * him; so every request is bounded and waits for nobody for long. Unloading
+ * waits for requests in flight in the same way.
  */
 #include <linux/capability.h>
 #include <linux/module.h>
@@ -326,11 +329,11 @@ no_room:
 
 /* Finds and writes one run, under the mmap_lock. Returns 1 at the end. */
 static int dump_run(struct sk_buff *skb, struct netlink_callback *cb,
-		    struct mm_struct *mm)
+		    struct mm_struct *mm, unsigned int *patience)
 {
 	struct page_range *range = &dump_of(cb)->range;
 	struct mergemem_run run;
-	int err = mergemem_mm_lock(mm);
+	int err = mergemem_mm_lock(mm, patience);
 
 	if (err) {
 		NL_SET_ERR_MSG(cb->extack,
@@ -356,17 +359,16 @@ static int dump_run(struct sk_buff *skb, struct netlink_callback *cb,
 static int checksum_dumpit(struct sk_buff *skb, struct netlink_callback *cb)
 {
 	struct page_range *range = &dump_of(cb)->range;
+	unsigned int patience = MERGEMEM_PATIENCE;
 	struct mergemem_target target;
-	int err;
+	/* Each time: the socket may have been handed to somebody else. */
+	int err = check_capability(cb->skb, cb->extack);
 
-	if (!dump_of(cb)->parsed) {
-		err = check_capability(cb->skb, cb->extack);
-		if (!err)
-			err = parse_checksum(compat_dump_attrs(cb), cb->extack,
-					     dump_of(cb));
-		if (err)
-			return err;
-	}
+	if (!err && !dump_of(cb)->parsed)
+		err = parse_checksum(compat_dump_attrs(cb), cb->extack,
+				     dump_of(cb));
+	if (err)
+		return err;
 	if (range->start >= range->end)
 		return 0;
 	/* Nothing is held between the parts: the reader may never come back. */
@@ -374,14 +376,15 @@ static int checksum_dumpit(struct sk_buff *skb, struct netlink_callback *cb)
 	if (err)
 		return err;
 	do {
-		err = dump_run(skb, cb, target.mm);
+		err = dump_run(skb, cb, target.mm, &patience);
 		if (signal_pending(current) && skb->len)
 			break;
 		cond_resched();
 	} while (!err && range->start < range->end);
 	mergemem_target_put(&target);
 
-	if (err < 0 && err != -EMSGSIZE)
+	/* What there is goes out first; an error that lasts comes again. */
+	if (err < 0 && err != -EMSGSIZE && !skb->len)
 		return err;
 	return skb->len;
 }
@@ -467,37 +470,42 @@ static int unmerge_doit(struct sk_buff *skb, struct genl_info *info)
 {
 	unsigned long unmerged, next;
 	struct mergemem_target target;
-	struct sk_buff *reply;
 	struct page_range range;
+	struct sk_buff *reply;
 	const char *why;
 	void *header;
 	int err = check_capability(skb, info->extack);
 
 	if (!err)
 		err = parse_range(info->attrs, info->extack, &range);
-	if (!err)
-		err = get_target(&target, &range.process, info->extack);
 	if (err)
 		return err;
+	/* The reply first: once pages are unmerged, nothing may fail any more. */
+	header = start_reply(&reply, info, NLMSG_DEFAULT_SIZE,
+			     MERGEMEM_CMD_UNMERGE);
+	if (!header)
+		return -ENOMEM;
+	err = get_target(&target, &range.process, info->extack);
+	if (err)
+		goto no_reply;
 	err = mergemem_unmerge(target.mm, range.start, range.end, &unmerged,
 			       &next, &why);
 	mergemem_target_put(&target);
 	if (err) {
 		info->extack->_msg = why;
-		return err;
+		goto no_reply;
 	}
-
-	header = start_reply(&reply, info, NLMSG_DEFAULT_SIZE,
-			     MERGEMEM_CMD_UNMERGE);
-	if (!header)
-		return -ENOMEM;
 	if (nla_put_u64_64bit(reply, MERGEMEM_A_UNMERGED, unmerged,
 			      MERGEMEM_A_PAD) ||
 	    nla_put_u64_64bit(reply, MERGEMEM_A_NEXT, next, MERGEMEM_A_PAD)) {
-		nlmsg_free(reply);
-		return -EMSGSIZE;
+		err = -EMSGSIZE;
+		goto no_reply;
 	}
 	return finish_reply(reply, header, info);
+
+no_reply:
+	nlmsg_free(reply);
+	return err;
 }
 
 static const struct genl_ops operations[] = {

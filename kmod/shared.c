@@ -24,8 +24,8 @@
 
 #include "shared.h"
 
-unsigned int mergemem_max_mappings = 1U << 20;
-unsigned long mergemem_max_shared_bytes;
+unsigned int mergemem_max_mappings = MERGEMEM_MAX_MAPPINGS_DEFAULT;
+unsigned long mergemem_max_shared_bytes = MERGEMEM_SHARED_BYTES_DEFAULT;
 
 static unsigned long *shared_frames;
 static unsigned long shared_frames_bits;
@@ -112,7 +112,7 @@ struct page *mergemem_shared_create(struct page *donor)
  * Looks at a frame without any reference: the page may be freed, and allocated
  * by somebody else, at any moment. struct page stays readable, a foreign page
  * has no mark, and a free one no references, so the worst outcome is an answer
- * that was right a moment ago.
+ * about a page that came or went at this moment.
  */
 static bool frame_alive(unsigned long pfn)
 {
@@ -189,6 +189,8 @@ static void recognise(void)
 
 int mergemem_shared_init(void)
 {
+	if (mergemem_max_shared_bytes == MERGEMEM_SHARED_BYTES_DEFAULT)
+		mergemem_max_shared_bytes = (totalram_pages() / 2) << PAGE_SHIFT;
 	shared_frames_bits = end_of_memory_pfn();
 	shared_frames = vzalloc(BITS_TO_LONGS(shared_frames_bits) *
 				sizeof(long));

@@ -9,6 +9,15 @@
 /* The size of everything here: merging works on single pages of 4 KiB. */
 static_assert(PAGE_SIZE == MERGEMEM_DEPTH_FULL_BYTES);
 
+/*
+ * A process could have all its memory on one frame and fork: each fork adds as
+ * many references, and fork does not check for overflow. With 4096 mappings that
+ * takes 2^31 / 2^12 forks, more than there are pids by default; the limit costs
+ * 1/4096 of the saving.
+ */
+#define MERGEMEM_MAX_MAPPINGS_DEFAULT	4096
+#define MERGEMEM_SHARED_BYTES_DEFAULT	ULONG_MAX	/* half of the memory */
+
 extern unsigned int mergemem_max_mappings;
 extern unsigned long mergemem_max_shared_bytes;
 
@@ -25,6 +34,12 @@ extern unsigned long mergemem_max_shared_bytes;
 static inline int mergemem_map_count(const struct page *page)
 {
 	return atomic_read(&page->_mapcount) + 1;
+}
+
+/* Whether a shared page has as many mappings as it may have. */
+static inline bool mergemem_is_full(const struct page *page)
+{
+	return mergemem_map_count(page) >= READ_ONCE(mergemem_max_mappings);
 }
 
 /**

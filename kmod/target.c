@@ -21,9 +21,7 @@
 	 VM_WIPEONFORK | VM_UFFD_MISSING | VM_UFFD_WP | VM_UFFD_MINOR |	\
 	 VM_SHADOW_STACK | VM_DROPPABLE)
 
-/* mmap_lock: this often, with this pause, and then the process is busy. */
-#define LOCK_ATTEMPTS		20
-#define LOCK_PAUSE_US		500
+#define LOCK_PAUSE_US 500
 
 static struct task_struct *task_get(const struct mergemem_process *process)
 {
@@ -117,6 +115,7 @@ int mergemem_target_get(struct mergemem_target *target,
 /**
  * mergemem_mm_lock - take the mmap_lock of a process for reading, or give up
  * @mm: its memory
+ * @patience: how many more times to try again; counted down
  *
  * Never queues behind a writer: a reader that waits is waited for by the next
  * writer, and a process must not stall because somebody wants to save memory.
@@ -124,18 +123,17 @@ int mergemem_target_get(struct mergemem_target *target,
  *
  * Return: 0, or -EBUSY, or -EINTR
  */
-int mergemem_mm_lock(struct mm_struct *mm)
+int mergemem_mm_lock(struct mm_struct *mm, unsigned int *patience)
 {
-	unsigned int attempt;
-
-	for (attempt = 0; attempt < LOCK_ATTEMPTS; attempt++) {
-		if (mmap_read_trylock(mm))
-			return 0;
+	while (!mmap_read_trylock(mm)) {
 		if (signal_pending(current))
 			return -EINTR;
+		if (!*patience)
+			return -EBUSY;
+		--*patience;
 		usleep_range(LOCK_PAUSE_US, 2 * LOCK_PAUSE_US);
 	}
-	return -EBUSY;
+	return 0;
 }
 
 void mergemem_mm_unlock(struct mm_struct *mm)
@@ -156,6 +154,23 @@ bool mergemem_vma_mergeable(struct vm_area_struct *vma)
 	return vma_is_anonymous(vma) && !(vma->vm_flags & REFUSED_VM_FLAGS);
 }
 
+/**
+ * mergemem_table_at - whether a page table, or a huge page, covers an address
+ * @mm: whose; the caller holds the mmap_lock
+ * @address: where to look
+ * @end: lowered to where the answer ends: the end of the page table, or of the
+ *	hole. Sparse mappings of terabytes are crossed in steps of 1 GiB.
+ */
+bool mergemem_table_at(struct mm_struct *mm, unsigned long address,
+		       unsigned long *end)
+{
+	pmd_t *pmd = kernel_call(mm_find_pmd)(mm, address);
+	unsigned long mask = pmd ? PMD_MASK : PUD_MASK;
+
+	*end = min(*end, (address | ~mask) + 1);
+	return pmd && pmd_present(READ_ONCE(*pmd));
+}
+
 /* Whether a huge page is mapped here at this moment; a hint for a result code. */
 bool mergemem_huge_at(struct mm_struct *mm, unsigned long address)
 {
@@ -170,9 +185,10 @@ bool mergemem_huge_at(struct mm_struct *mm, unsigned long address)
  * @address: a user address within a mapping
  * @ptl: receives the lock; release both with pte_unmap_unlock()
  *
- * The mmap_lock keeps page tables of anonymous mappings in place: collapse and
- * munmap take it for writing. Only a huge page may be split into a page table
- * at any time, which here means: no table yet.
+ * The mmap_lock keeps page tables of anonymous mappings in place: collapse takes
+ * it for writing, and munmap takes mappings out under it before their tables.
+ * Only a huge page may be split into a page table at any time, which here means:
+ * no table yet.
  *
  * Return: the entry of @address, or NULL when no page table is there
  */

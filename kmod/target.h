@@ -25,10 +25,18 @@ int mergemem_target_get(struct mergemem_target *target,
 			const char **why);
 void mergemem_target_put(struct mergemem_target *target);
 
-int mergemem_mm_lock(struct mm_struct *mm);
+/*
+ * How often a request may try again to get an mmap_lock, in all: some 10 ms of
+ * waiting, whatever the number of processes that are busy.
+ */
+#define MERGEMEM_PATIENCE 20
+
+int mergemem_mm_lock(struct mm_struct *mm, unsigned int *patience);
 void mergemem_mm_unlock(struct mm_struct *mm);
 
 bool mergemem_vma_mergeable(struct vm_area_struct *vma);
+bool mergemem_table_at(struct mm_struct *mm, unsigned long address,
+		       unsigned long *end);
 bool mergemem_huge_at(struct mm_struct *mm, unsigned long address);
 pte_t *mergemem_pte_lock(struct mm_struct *mm, unsigned long address,
 			 spinlock_t **ptl);

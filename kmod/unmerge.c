@@ -76,20 +76,24 @@ static bool next_part(struct mm_struct *mm, unsigned long start,
 	if (!vma || vma->vm_start >= end)
 		return false;
 	pages->start = max(start, vma->vm_start);
-	pages->end = min(end, (pages->start | ~PMD_MASK) + 1);
-	find_merged(mm, pages);
+	pages->end = end;
+	if (mergemem_table_at(mm, pages->start, &pages->end))
+		find_merged(mm, pages);
+	else
+		bitmap_zero(pages->merged, PTRS_PER_PTE);
 	return true;
 }
 
 static int count_merged(struct mm_struct *mm, unsigned long start,
-			unsigned long end, unsigned long *count)
+			unsigned long end, unsigned int *patience,
+			unsigned long *count)
 {
 	struct merged_pages pages;
 	bool more = true;
 	int err;
 
 	for (*count = 0; more && start < end; start = pages.end) {
-		err = mergemem_mm_lock(mm);
+		err = mergemem_mm_lock(mm, patience);
 		if (err)
 			return err;
 		more = next_part(mm, start, end, &pages);
@@ -103,21 +107,30 @@ static int count_merged(struct mm_struct *mm, unsigned long start,
 	return 0;
 }
 
-/* Returns the number of pages unmerged, or a negative errno when it was none. */
-static int unmerge_part(struct mm_struct *mm, const struct merged_pages *pages)
+/*
+ * Unmerges pages of one part, at most until the request's limit is reached, and
+ * moves *next behind the last one. A page that cannot be written to on behalf of
+ * its owner (poisoned memory) is left merged.
+ */
+static int unmerge_part(struct mm_struct *mm, const struct merged_pages *pages,
+			unsigned long *unmerged, unsigned long *next)
 {
-	int unmerged = 0;
 	unsigned long n;
 
 	for_each_set_bit(n, pages->merged, PTRS_PER_PTE) {
-		long err = compat_fault_in_write(mm, pages->start +
-							     n * PAGE_SIZE);
+		long err;
 
-		if (err < 0)
-			return unmerged ? unmerged : err;
-		unmerged++;
+		*next = pages->start + n * PAGE_SIZE;
+		if (*unmerged >= MERGEMEM_MAX_UNMERGE_PAGES)
+			return 0;
+		err = compat_fault_in_write(mm, *next);
+		if (err == 1)
+			++*unmerged;
+		else if (err != -EFAULT && err != -EHWPOISON)
+			return err;
 	}
-	return unmerged;
+	*next = pages->end;
+	return 0;
 }
 
 /**
@@ -132,22 +145,23 @@ static int unmerge_part(struct mm_struct *mm, const struct merged_pages *pages)
  * Memory is looked at before anything is changed: a host that saves memory by
  * merging may not have enough to undo it.
  *
- * Return: 0, also when stopped early by the limit or a signal; -ENOMEM, -EBUSY,
- * -EINTR when nothing was changed
+ * Return: 0, also when stopped early by the limit, by a signal or by want of
+ * memory after some pages were done; -ENOMEM, -EBUSY, -EINTR when nothing was
+ * changed
  */
 int mergemem_unmerge(struct mm_struct *mm, unsigned long start,
 		     unsigned long end, unsigned long *unmerged,
 		     unsigned long *next, const char **why)
 {
+	unsigned int patience = MERGEMEM_PATIENCE;
 	struct merged_pages pages;
 	unsigned long merged;
-	bool more = true;
-	int done, err;
+	int err;
 
 	*unmerged = 0;
 	*next = start;
 	*why = "the process keeps its mmap_lock; try again later";
-	err = count_merged(mm, start, end, &merged);
+	err = count_merged(mm, start, end, &patience, &merged);
 	if (err)
 		return err;
 	if (si_mem_available() < (long)(merged + RESERVE_PAGES)) {
@@ -155,21 +169,19 @@ int mergemem_unmerge(struct mm_struct *mm, unsigned long start,
 		return -ENOMEM;
 	}
 
-	while (*next < end && *unmerged < MERGEMEM_MAX_UNMERGE_PAGES &&
+	while (!err && *next < end && *unmerged < MERGEMEM_MAX_UNMERGE_PAGES &&
 	       !signal_pending(current)) {
-		err = mergemem_mm_lock(mm);
+		err = mergemem_mm_lock(mm, &patience);
 		if (err)
 			break;
-		more = next_part(mm, *next, end, &pages);
-		done = more ? unmerge_part(mm, &pages) : 0;
-		mergemem_mm_unlock(mm);
-		if (done < 0) {
-			err = done;
-			*why = "a page could not be given a frame of its own";
-			break;
+		if (next_part(mm, *next, end, &pages)) {
+			err = unmerge_part(mm, &pages, unmerged, next);
+			if (err)
+				*why = "there was no memory for a page of its own";
+		} else {
+			*next = end;
 		}
-		*unmerged += done;
-		*next = more ? pages.end : end;
+		mergemem_mm_unlock(mm);
 		cond_resched();
 	}
 	mergemem_count(&mergemem_counted.unmerged_pages, *unmerged);

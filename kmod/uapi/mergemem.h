@@ -66,19 +66,22 @@
  *	Errors: -ESRCH no such process (any more), -EACCES access denied or the
  *	process is not dumpable, -EBUSY its mmap_lock could not be had, or it
  *	is in the middle of an exec. All errors of a dump, those of a malformed
- *	request too, may arrive with its NLMSG_DONE.
+ *	request too, may arrive with its NLMSG_DONE. -EINTR: a signal.
  *
  * @MERGEMEM_CMD_MERGE: make the pages of each group share one frame. RESULTS
  *	holds one enum mergemem_result per candidate, in the order of the
  *	request. Candidates of a group need not be next to each other. If one
- *	page of a group is a merged page already, the others join it.
+ *	page of a group is a merged page already, the others join it. Pages that
+ *	differ from the rest of their group are tried among themselves, in up
+ *	to three more rounds.
  *
  * @MERGEMEM_CMD_UNMERGE: give the merged pages within PAGES pages from ADDRESS
  *	private frames of their own again. Stops after
  *	MERGEMEM_MAX_UNMERGE_PAGES; NEXT is the address to go on from, or the
  *	end of the range when all is done.
- *	Errors: as CHECKSUM, and -ENOMEM, before anything was changed, when
- *	the memory that is available would not suffice for the range.
+ *	Errors: as CHECKSUM, -EINTR on a signal, and -ENOMEM, before anything was
+ *	changed, when the memory that is available would not suffice for the
+ *	range. (Limits of the process's cgroup are not looked at.)
  */
 enum mergemem_command {
 	MERGEMEM_CMD_UNSPEC,
@@ -167,7 +170,8 @@ enum mergemem_process_flag {
  * @pid: thread group id, as seen in the caller's pid namespace
  * @flags: bits of enum mergemem_process_flag; other bits are refused
  * @start_time: when it started, in clock ticks since boot, as field 22 of
- *	/proc/PID/stat has it; a recycled pid has another one and is not found
+ *	/proc/PID/stat has it outside of time namespaces; a recycled pid has
+ *	another one and is not found
  */
 struct mergemem_process {
 	__u32 pid;
@@ -246,7 +250,8 @@ struct mergemem_record {
  * @MERGEMEM_NOPAGE1: at the address of the group's first page there is no page
  *	in memory: nothing is mapped, or it is swapped, or it is the zero page
  * @MERGEMEM_NOPAGE2: the same for another page of the group
- * @MERGEMEM_ALREADYSH: it shares the frame of its group already
+ * @MERGEMEM_ALREADYSH: it shares the frame of its group already, or another
+ *	shared frame that is full
  * @MERGEMEM_MOREMAP: the shared frame has as many mappings as it may have
  *	(module parameter max_mappings)
  * @MERGEMEM_NOTEQUAL: its bytes differ from those of its group
