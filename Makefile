@@ -1,0 +1,46 @@
+# SPDX-License-Identifier: MIT
+#
+# The front door. Every target does its own set-up, and only what is missing of it.
+
+PYTHON := /usr/bin/python3
+RIG := PYTHONDONTWRITEBYTECODE=1 $(PYTHON) -m tests.vm
+SUDO := $(if $(filter 0,$(shell id -u)),,sudo)
+
+# As they were typed: $$HOME in a command is for the shell of the guest, not for make.
+override CMD := $(value CMD)
+override K := $(value K)
+export KERNEL CMD K
+
+.DEFAULT_GOAL := help
+.PHONY: help
+help: ## what can be made
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+.PHONY: setup kmod test test-unit test-vm demo lint
+setup: ## Debian packages, virtual environments, kernels, tools
+kmod: ## build mergemem.ko for every kernel, or for KERNEL=6.1
+test: ## everything CI runs
+test-unit: ## unit tests: newest libraries, Debian 12's, Debian 13's
+test-vm: ## tests on real kernels; KERNEL=6.12 and K='pytest -k expression' limit them
+demo: ## a real fleet gives its memory back, in a guest
+lint: ## all linters, sparse and checkpatch among them
+
+setup kmod test test-unit test-vm demo lint: | $(PYTHON)
+	@$(RIG) $@
+
+.PHONY: vm sparse checkpatch format clean
+vm: | $(PYTHON) ## a command in the guest: KERNEL=6.12 CMD='uname -a'; a shell without CMD
+	@$(RIG) run
+
+sparse checkpatch: | $(PYTHON)
+	@$(RIG) lint $@
+
+format: ## lay out the Python files
+	@build/venv/bin/ruff format --quiet . && build/venv/bin/ruff check --quiet --fix .
+
+clean: ## remove build/; the cache of kernels stays
+	rm -rf build
+
+$(PYTHON):
+	$(SUDO) apt-get -q update
+	$(SUDO) env DEBIAN_FRONTEND=noninteractive apt-get -q install -y --no-install-recommends python3

@@ -1,0 +1,106 @@
+# SPDX-License-Identifier: MIT
+"""The table of supported kernels, `kernels.toml`, and the README's table made from it."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import tomllib
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+TABLE = Path(__file__).with_name("kernels.toml")
+TOOLCHAINS = ("host", "trixie")
+BOOTS = ("vmlinux", "bzimage")
+
+
+class TableError(Exception):
+    """The table says something that the rig doesn't understand."""
+
+
+@dataclass(frozen=True)
+class Kernel:
+    name: str
+    release: str
+    suites: tuple[str, ...]
+    packages: tuple[str, ...]
+    toolchain: str
+    boot: str
+
+
+def parse(text: str) -> tuple[Kernel, ...]:
+    """The kernels of a table, oldest first."""
+    kernels = [_kernel(entry) for entry in tomllib.loads(text).get("kernel", [])]
+    names = [kernel.name for kernel in kernels]
+    if not kernels:
+        raise TableError("the table names no kernel")
+    if len(set(names)) != len(names):
+        raise TableError(f"a kernel is named twice: {', '.join(names)}")
+    return tuple(sorted(kernels, key=_by_version))
+
+
+def load() -> tuple[Kernel, ...]:
+    return parse(TABLE.read_text(encoding="utf-8"))
+
+
+def select(kernels: Sequence[Kernel], names: str | None) -> tuple[Kernel, ...]:
+    """The kernels named in a list such as "6.1,6.12"; all of them when nothing is named."""
+    if not names:
+        return tuple(kernels)
+    by_name = {kernel.name: kernel for kernel in kernels}
+    wanted = names.replace(",", " ").split()
+    unknown = [name for name in wanted if name not in by_name]
+    if unknown:
+        raise TableError(f"no kernel {', '.join(unknown)}; there are {', '.join(by_name)}")
+    return tuple(by_name[name] for name in wanted)
+
+
+def find(name: str) -> Kernel:
+    """One kernel by name; "newest" is the last of the table."""
+    kernels = load()
+    return kernels[-1] if name == "newest" else select(kernels, name)[0]
+
+
+def markdown(kernels: Sequence[Kernel]) -> str:
+    """The support table of the README."""
+    rows = [f"| {kernel.name} | {kernel.release} |" for kernel in kernels]
+    return "\n".join(["| Kernel | Where it comes from |", "|---|---|", *rows]) + "\n"
+
+
+def _kernel(entry: dict[str, Any]) -> Kernel:
+    expected = {field.name for field in fields(Kernel)}
+    if set(entry) != expected:
+        odd = ", ".join(sorted(set(entry) ^ expected))
+        raise TableError(f"kernel {entry.get('name', '?')}: missing or unknown: {odd}")
+    values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in entry.items()}
+    kernel = Kernel(**values)
+    if kernel.toolchain not in TOOLCHAINS:
+        raise TableError(f"kernel {kernel.name}: toolchain is one of {', '.join(TOOLCHAINS)}")
+    if kernel.boot not in BOOTS:
+        raise TableError(f"kernel {kernel.name}: boot is one of {', '.join(BOOTS)}")
+    return kernel
+
+
+def _by_version(kernel: Kernel) -> tuple[int, ...]:
+    try:
+        return tuple(int(part) for part in kernel.name.split("."))
+    except ValueError:
+        raise TableError(f"kernel {kernel.name!r}: the name is a version such as 6.1") from None
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python3 -m tests.vm.kernels", description=__doc__)
+    parser.add_argument("--markdown", action="store_true", help="print the README's table")
+    wanted = parser.parse_args(arguments)
+    kernels = load()
+    if wanted.markdown:
+        sys.stdout.write(markdown(kernels))
+    else:
+        print(" ".join(kernel.name for kernel in kernels))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
