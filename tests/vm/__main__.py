@@ -9,7 +9,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Sequence
 
-from tests.vm import build, kernels, lint, provision, suite, tree
+from tests.vm import build, emulator, kernels, lint, provision, suite, tree
 from tests.vm.cache import CHECKOUT
 from tests.vm.guest import Guest, GuestError
 from tests.vm.kernels import Kernel
@@ -98,10 +98,11 @@ def demo(_: Arguments) -> int:
 
 
 def _chosen(arguments: Arguments) -> tuple[Kernel, ...]:
-    """The kernels asked for, in the cache."""
+    """The kernels asked for, in the cache, and what runs them."""
     chosen = kernels.select(kernels.load(), arguments.kernel)
     for kernel in chosen:
         tree.get(kernel)
+    emulator.command()
     return chosen
 
 

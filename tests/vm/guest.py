@@ -27,7 +27,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from tests.vm import accelerator, build, initramfs, log, tree
+from tests.vm import accelerator, build, emulator, initramfs, log, tree
 from tests.vm.cache import BUILD, CHECKOUT, cache_dir
 from tests.vm.kernels import Kernel, find
 from tests.vm.steps import say
@@ -223,7 +223,7 @@ class Guest:
             "rcupdate.rcu_cpu_stall_timeout=120",
             *self.kernel_parameters,
         ]
-        words = ["qemu-system-x86_64", "-nodefaults", "-no-user-config", "-no-reboot"]
+        words = [*emulator.command(), "-nodefaults", "-no-user-config", "-no-reboot"]
         words += ["-display", "none", "-machine", "q35", *accelerator.arguments(accel)]
         words += ["-smp", str(self.cpus), "-m", str(self.memory_mib)]
         words += ["-kernel", str(unpacked.image), "-initrd", str(initramfs.make(unpacked))]
