@@ -1,0 +1,113 @@
+# SPDX-License-Identifier: MIT
+"""Pages on swap, on their way back, and back again."""
+
+from __future__ import annotations
+
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.kernel import frames
+from tests.kernel.actor import MADV_PAGEOUT, Region, Stage
+from tests.kernel.sharing import merge_all, pairs, wait_until, write_privately
+from tests.kernel.wire import Client, Result, State
+
+PAGES, SEED = 16, 100
+SWAP_BYTES = 32 << 20
+
+
+@pytest.fixture(scope="module")
+def swap(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """A loop device over a file: other than zram, it goes through the swap cache."""
+    file = tmp_path_factory.mktemp("swap") / "file"
+    with file.open("wb") as empty:
+        empty.truncate(SWAP_BYTES)
+    subprocess.run(["modprobe", "loop"], check=True)
+    words = ["losetup", "--find", "--show", str(file)]
+    device = subprocess.run(words, check=True, capture_output=True, text=True).stdout.strip()
+    subprocess.run(["mkswap", device], check=True, stdout=subprocess.DEVNULL)
+    subprocess.run(["swapon", device], check=True)
+    yield
+    subprocess.run(["swapoff", device], check=True)
+    subprocess.run(["losetup", "--detach", device], check=True)
+
+
+def page_out(region: Region) -> None:
+    """All pages of a region go to swap."""
+
+    def gone() -> bool:
+        region.actor.ask("madvise", region.address, region.pages, MADV_PAGEOUT)
+        return bool(frames.swapped(region.actor.pid, region.address, region.pages).all())
+
+    wait_until(gone, "the pages are on swap")
+
+
+@pytest.mark.usefixtures("swap")
+def test_swapped_pages_are_left_there(stage: Stage, client: Client) -> None:
+    alice, bob = (stage.start().region(PAGES, SEED) for _ in range(2))
+    page_out(alice)
+    assert set(client.records(alice)["state"].tolist()) == {State.SWAPPED}
+    assert client.merge(*pairs(bob, alice)) == [[Result.ALONE, Result.NOPAGE2]] * PAGES
+    assert frames.swapped(alice.actor.pid, alice.address, PAGES).all()
+    alice.verify()
+    merge_all(client, alice, bob)
+    write_privately(alice, 0, bob)
+
+
+@pytest.mark.usefixtures("swap")
+def test_pages_in_the_swap_cache(stage: Stage, client: Client) -> None:
+    """Read back, a page keeps its slot on swap, and the swap cache a reference, until a write."""
+    alice, bob = (stage.start().region(PAGES, SEED) for _ in range(2))
+    page_out(alice)
+    # Forked only now: reclaim on request passes over pages that others map too.
+    child = alice.of(alice.actor.fork())
+    for region in (alice, child):
+        region.verify()
+    assert all(frames.has_flag(page.frame, frames.KPF_SWAPCACHE) for page in alice)
+    assert all(frames.map_count(page.frame) == 2 for page in alice)
+    assert set(client.records(alice)["state"].tolist()) == {State.ANON}
+    assert client.merge(*pairs(bob, alice, child)) == [[Result.SUCCESS] * 3] * PAGES
+    for group in pairs(alice, bob, child):
+        frames.assert_shared(group)
+    for region in (alice, bob, child):
+        region.verify()
+    write_privately(child, 0, alice, bob)
+
+
+@pytest.mark.usefixtures("swap")
+def test_merged_pages_are_not_swapped(stage: Stage, client: Client) -> None:
+    alice, bob = (stage.start().region(PAGES, SEED) for _ in range(2))
+    merge_all(client, alice, bob)
+    before = alice.frames
+    alice.actor.ask("madvise", alice.address, PAGES, MADV_PAGEOUT)
+    assert (alice.frames == before).all()
+    # What comes out of a merged page is an ordinary page again, which is.
+    alice.actor.ask("fill", alice.address, PAGES, SEED)
+    page_out(alice)
+    bob.verify()
+    alice.verify()
+
+
+@pytest.mark.usefixtures("swap")
+def test_slots_are_given_back(stage: Stage, client: Client) -> None:
+    """A merge of pages in the swap cache frees their slots; nothing is left on swap."""
+    before = swap_used_kib()
+    regions = [stage.start().region(500, SEED) for _ in range(2)]
+    for region in regions:
+        page_out(region)
+    assert swap_used_kib() >= before + 2 * 500 * 4
+    for region in regions:
+        region.verify()
+    client.merge(*pairs(*regions))
+    assert (regions[0].frames == regions[1].frames).all()
+    for region in regions:
+        region.verify()
+        region.actor.exit()
+    wait_until(lambda: swap_used_kib() <= before, "all slots are free")
+
+
+def swap_used_kib() -> int:
+    """Over all swap devices."""
+    return sum(int(line.split()[3]) for line in Path("/proc/swaps").read_text().splitlines()[1:])

@@ -1,0 +1,360 @@
+# SPDX-License-Identifier: MIT
+"""The contract of kmod/uapi/mergemem.h over a bare netlink socket.
+
+The agent has its own client; this one shares nothing with it, and can send what no client should.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import socket
+import struct
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from enum import IntEnum
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+import numpy as np
+import numpy.typing as npt
+
+from tests.kernel.actor import Page, ProcessKey, Region
+
+HEADER = Path(__file__).parents[2] / "kmod" / "uapi" / "mergemem.h"
+
+# From linux/netlink.h and linux/genetlink.h; the socket module has only a few of them.
+NETLINK_GENERIC = 16
+SOL_NETLINK, NETLINK_CAP_ACK, NETLINK_EXT_ACK = 270, 10, 11
+NLMSG_ERROR, NLMSG_DONE = 2, 3
+NLM_F_REQUEST, NLM_F_ACK, NLM_F_DUMP, NLM_F_ACK_TLVS = 0x1, 0x4, 0x300, 0x200
+NLMSGERR_ATTR_MSG = 1
+GENL_ID_CTRL, CTRL_CMD_GETFAMILY, CTRL_ATTR_FAMILY_ID, CTRL_ATTR_FAMILY_NAME = 16, 3, 1, 2
+RECEIVE_BYTES = 64 << 10
+# A reply that has not come by then never comes.
+REPLY_SECONDS = 120
+
+
+class Command(IntEnum):
+    """enum mergemem_command."""
+
+    INFO = 1
+    CHECKSUM = 2
+    MERGE = 3
+    UNMERGE = 4
+
+
+class Attribute(IntEnum):
+    """enum mergemem_attribute."""
+
+    PAD = 1
+    CONTRACT_VERSION = 2
+    MODULE_VERSION = 3
+    FEATURES = 4
+    LIMITS = 5
+    COUNTERS = 6
+    TOTALS = 7
+    PROCESSES = 8
+    ADDRESS = 9
+    PAGES = 10
+    DEPTH = 11
+    RECORDS = 12
+    REFUSED = 13
+    CANDIDATES = 14
+    RESULTS = 15
+    UNMERGED = 16
+    NEXT = 17
+
+
+class State(IntEnum):
+    """enum mergemem_state."""
+
+    ABSENT = 0
+    SWAPPED = 1
+    ZERO_PAGE = 2
+    ANON = 3
+    ZERO = 4
+    MERGED = 5
+    HUGE = 6
+    PINNED = 7
+    REFUSED = 8
+
+
+class Result(IntEnum):
+    """enum mergemem_result."""
+
+    SUCCESS = 0
+    NOTASK1 = 1
+    NOTASK2 = 2
+    NOPAGE1 = 3
+    NOPAGE2 = 4
+    ALREADYSH = 5
+    MOREMAP = 6
+    NOTEQUAL = 7
+    BUSY = 8
+    PINNED = 9
+    REFUSED = 10
+    DOMAIN = 11
+    NOMEM = 12
+    HUGE = 13
+    ALONE = 14
+
+
+FEATURE_CROSS_UID = 1
+PROCESS_UNDUMPABLE = 1
+MAX_PROCESSES, MAX_CANDIDATES = 1024, 4000
+MAX_UNMERGE_PAGES = 16384
+DEPTH_FULL_BYTES = 4096
+
+PROCESS = struct.Struct("=IIQ")
+CANDIDATE = struct.Struct("=QII")
+RECORD = np.dtype([("checksum", "u8"), ("map_count", "u4"), ("state", "u2"), ("reserved", "u2")])
+Records = npt.NDArray[np.void]
+
+
+class Refused(OSError):
+    """The kernel refused a message; `text` is its extended acknowledgement, if it gave one."""
+
+    def __init__(self, number: int, text: str) -> None:
+        super().__init__(number, f"{os.strerror(number)}: {text or '(no text)'}")
+        self.text = text
+
+
+@dataclass(frozen=True)
+class Info:
+    """The reply to INFO."""
+
+    contract_version: int
+    module_version: str
+    features: int
+    limits: dict[str, int]
+    counters: dict[str, int]
+    results: tuple[int, ...]
+    shared_pages: int
+    shared_mappings: int
+
+
+@dataclass(frozen=True)
+class Run:
+    """One message of a CHECKSUM dump: records, or a number of refused pages."""
+
+    address: int
+    records: Records
+    refused_pages: int
+
+
+def attribute(kind: int, payload: bytes) -> bytes:
+    """One netlink attribute, padded."""
+    return struct.pack("=HH", len(payload) + 4, kind) + payload + bytes(-len(payload) % 4)
+
+
+def message(kind: int, flags: int, payload: bytes, sequence: int = 1) -> bytes:
+    """One netlink message."""
+    return struct.pack("=IHHII", len(payload) + 16, kind, flags, sequence, 0) + payload
+
+
+def attributes(data: bytes) -> Iterator[tuple[int, bytes]]:
+    """The attributes of a payload."""
+    while len(data) >= 4:
+        length, kind = struct.unpack_from("=HH", data)
+        yield kind & 0x3FFF, data[4:length]
+        data = data[(length + 3) & ~3 :]
+
+
+def processes(keys: Sequence[ProcessKey], flags: int = 0) -> bytes:
+    """The payload of PROCESSES."""
+    return b"".join(PROCESS.pack(key.pid, flags, key.start_time_ticks) for key in keys)
+
+
+class Socket:
+    """A generic netlink socket, and messages on it."""
+
+    def __init__(self) -> None:
+        self._socket = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, NETLINK_GENERIC)
+        self._socket.setsockopt(SOL_NETLINK, NETLINK_CAP_ACK, 1)
+        self._socket.setsockopt(SOL_NETLINK, NETLINK_EXT_ACK, 1)
+        self._socket.settimeout(REPLY_SECONDS)
+        self._sequence = 0
+        self._family = 0
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        value: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self._socket.close()
+
+    @property
+    def family(self) -> int:
+        """The number of our family; a missing one is Refused with ENOENT."""
+        if not self._family:
+            name = attribute(CTRL_ATTR_FAMILY_NAME, b"mergemem\0")
+            request = struct.pack("=BBH", CTRL_CMD_GETFAMILY, 1, 0) + name
+            (reply,) = self.exchange(message(GENL_ID_CTRL, NLM_F_REQUEST | NLM_F_ACK, request))
+            self._family = struct.unpack("=H", dict(attributes(reply[4:]))[CTRL_ATTR_FAMILY_ID])[0]
+        return self._family
+
+    def request(self, command: int, payload: bytes, flags: int = 0) -> list[dict[int, bytes]]:
+        """Send a request of our family; the attributes of each message of the reply."""
+        header = struct.pack("=BBH", command, 1, 0)
+        flags |= NLM_F_REQUEST | NLM_F_ACK
+        replies = self.exchange(message(self.family, flags, header + payload))
+        return [dict(attributes(reply[4:])) for reply in replies]
+
+    def exchange(self, data: bytes) -> list[bytes]:
+        """Send bytes as they are, and return what comes back until the verdict; Refused if bad.
+
+        The sequence number is put in here, so that a late answer is never taken for this one's.
+        """
+        self._sequence += 1
+        data = data[:8] + struct.pack("=I", self._sequence) + data[12:]
+        self._socket.send(data)
+        replies: list[bytes] = []
+        while True:
+            for kind, flags, sequence, payload in _messages(self._socket.recv(RECEIVE_BYTES)):
+                if sequence != self._sequence:
+                    continue
+                if kind not in (NLMSG_ERROR, NLMSG_DONE):
+                    replies.append(payload)
+                    continue
+                _raise_error(kind, flags, payload)
+                return replies
+
+
+class Client(Socket):
+    """What tests say to the module."""
+
+    def info(self) -> Info:
+        """INFO."""
+        (reply,) = self.request(Command.INFO, b"")
+        limits = struct.unpack("=IIIIQ", reply[Attribute.LIMITS])
+        counters = struct.unpack("=22Q", reply[Attribute.COUNTERS])
+        limit_names = re.findall(r"__u\d+ (\w+);", _struct("limits"))
+        counter_names = re.findall(r"__u64 (\w+);", _struct("counters"))
+        return Info(
+            struct.unpack("=I", reply[Attribute.CONTRACT_VERSION])[0],
+            reply[Attribute.MODULE_VERSION].rstrip(b"\0").decode(),
+            struct.unpack("=Q", reply[Attribute.FEATURES])[0],
+            dict(zip(limit_names, limits, strict=True)),
+            dict(zip(counter_names, counters[:6], strict=True)),
+            counters[6:],
+            *struct.unpack("=QQ", reply[Attribute.TOTALS]),
+        )
+
+    def checksum(
+        self,
+        process: ProcessKey,
+        address: int,
+        pages: int,
+        depth: int = DEPTH_FULL_BYTES,
+        flags: int = 0,
+    ) -> list[Run]:
+        """CHECKSUM: the runs of a range."""
+        payload = _range(process, address, pages, flags)
+        payload += attribute(Attribute.DEPTH, struct.pack("=I", depth))
+        return [_run(reply) for reply in self.request(Command.CHECKSUM, payload, NLM_F_DUMP)]
+
+    def records(self, region: Region, depth: int = DEPTH_FULL_BYTES) -> Records:
+        """CHECKSUM: one record per page of a region; 0 where there was no message."""
+        records = np.zeros(region.pages, RECORD)
+        for run in self.checksum(region.actor.key, region.address, region.pages, depth):
+            first = (run.address - region.address) // 4096
+            records[first : first + len(run.records)] = run.records
+        return records
+
+    def merge(self, *groups: Sequence[Page], undumpable: bool = False) -> list[list[Result]]:
+        """MERGE: a list of results for each group."""
+        flags = PROCESS_UNDUMPABLE if undumpable else 0
+        results = iter(self._merge(merge_payload(groups, flags)))
+        return [[next(results) for _ in group] for group in groups]
+
+    def merge_candidates(
+        self, keys: Sequence[ProcessKey], candidates: Sequence[tuple[int, int, int]]
+    ) -> list[Result]:
+        """MERGE of (address, index of the process, group) in this order."""
+        results = self._merge(candidates_payload(keys, candidates))
+        assert len(results) == len(candidates)
+        return results
+
+    def _merge(self, payload: bytes) -> list[Result]:
+        (reply,) = self.request(Command.MERGE, payload)
+        return [Result(code) for code in reply[Attribute.RESULTS]]
+
+    def unmerge(self, process: ProcessKey, address: int, pages: int) -> tuple[int, int]:
+        """UNMERGE: how many pages, and the address to go on from."""
+        (reply,) = self.request(Command.UNMERGE, _range(process, address, pages, 0))
+        unmerged, after = reply[Attribute.UNMERGED], reply[Attribute.NEXT]
+        return struct.unpack("=Q", unmerged)[0], struct.unpack("=Q", after)[0]
+
+
+def merge_payload(groups: Sequence[Sequence[Page]], flags: int = 0) -> bytes:
+    """The attributes of MERGE for groups of pages."""
+    keys = list(dict.fromkeys(page.process for group in groups for page in group))
+    index = {key: number for number, key in enumerate(keys)}
+    candidates = [
+        (page.address, index[page.process], number)
+        for number, group in enumerate(groups)
+        for page in group
+    ]
+    return candidates_payload(keys, candidates, flags)
+
+
+def candidates_payload(
+    keys: Sequence[ProcessKey], candidates: Sequence[tuple[int, int, int]], flags: int = 0
+) -> bytes:
+    """The attributes of MERGE for (address, index of the process, group)."""
+    packed = b"".join(CANDIDATE.pack(*candidate) for candidate in candidates)
+    return attribute(Attribute.PROCESSES, processes(keys, flags)) + attribute(
+        Attribute.CANDIDATES, packed
+    )
+
+
+def header_enum(name: str) -> dict[str, int]:
+    """An enum of the header: its names without the prefix, and their numbers."""
+    text = re.sub(r"/\*.*?\*/", "", HEADER.read_text(), flags=re.DOTALL)
+    found = re.search(rf"enum mergemem_{name} {{(.*?)}};", text, re.DOTALL)
+    assert found, f"no enum mergemem_{name} in {HEADER}"
+    names = [line.strip().split(" ")[0] for line in found[1].split(",") if line.strip()]
+    return {name.removeprefix("MERGEMEM_"): number for number, name in enumerate(names)}
+
+
+def _struct(name: str) -> str:
+    found = re.search(rf"struct mergemem_{name} {{(.*?)}};", HEADER.read_text(), re.DOTALL)
+    assert found, f"no struct mergemem_{name} in {HEADER}"
+    return found[1]
+
+
+def _range(process: ProcessKey, address: int, pages: int, flags: int) -> bytes:
+    return (
+        attribute(Attribute.PROCESSES, processes([process], flags))
+        + attribute(Attribute.ADDRESS, struct.pack("=Q", address))
+        + attribute(Attribute.PAGES, struct.pack("=Q", pages))
+    )
+
+
+def _run(reply: dict[int, bytes]) -> Run:
+    records = np.frombuffer(reply.get(Attribute.RECORDS, b""), dtype=RECORD)
+    refused = struct.unpack("=Q", reply.get(Attribute.REFUSED, bytes(8)))[0]
+    assert (len(records) > 0) != (refused > 0), "a run has either records or refused pages"
+    return Run(struct.unpack("=Q", reply[Attribute.ADDRESS])[0], records, refused)
+
+
+def _messages(data: bytes) -> Iterator[tuple[int, int, int, bytes]]:
+    while len(data) >= 16:
+        length, kind, flags, sequence, _ = struct.unpack_from("=IHHII", data)
+        yield kind, flags, sequence, data[16:length]
+        data = data[(length + 3) & ~3 :]
+
+
+def _raise_error(kind: int, flags: int, payload: bytes) -> None:
+    (error,) = struct.unpack_from("=i", payload)
+    # The error of a dump that has begun comes in DONE, which carries no copy of the request.
+    extra = payload[20:] if kind == NLMSG_ERROR else payload[4:]
+    if error:
+        found = dict(attributes(extra)) if flags & NLM_F_ACK_TLVS else {}
+        raise Refused(-error, found.get(NLMSGERR_ATTR_MSG, b"").rstrip(b"\0").decode())
