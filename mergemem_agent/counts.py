@@ -1,0 +1,111 @@
+# SPDX-License-Identifier: MIT
+"""What has happened since the agent started, and one consistent picture of it for others.
+
+The pipeline's thread counts in a Counts; whoever wants to look (a scrape, `mergemem status`) gets
+the last Snapshot, which never changes.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections import Counter, defaultdict
+from dataclasses import dataclass, field
+from typing import Any
+
+from mergemem_agent.contract import Result
+from mergemem_agent.module import Info
+from mergemem_agent.scan import QueueState
+
+
+@dataclass
+class PolicyCounts:
+    """Pages that went through the stages for one policy."""
+
+    scanned: int = 0
+    checksummed: int = 0
+    settled: int = 0
+    cpu_seconds: float = 0.0
+
+
+@dataclass(frozen=True)
+class PolicyMemory:
+    """What the targets of one policy hold right now, as last scanned."""
+
+    targets: int = 0
+    remembered_pages: int = 0
+    merged_pages: int = 0
+    saved_bytes: float = 0.0
+    zero_pages: int = 0
+    huge_pages: int = 0
+
+
+@dataclass
+class Counts:
+    """Counted by the pipeline's thread alone, from 0 at its start."""
+
+    policies: dict[str, PolicyCounts] = field(default_factory=dict)
+    nominated: Counter[str] = field(default_factory=Counter)  # pages, by domain kind
+    results: Counter[Result] = field(default_factory=Counter)  # candidates, by result
+    freed_pages: int = 0  # frames that merges have freed
+    errors: Counter[str] = field(default_factory=Counter)  # by stage
+    cpu_seconds: dict[str, float] = field(default_factory=lambda: defaultdict(float))  # by stage
+    rounds: int = 0
+
+    def policy(self, name: str) -> PolicyCounts:
+        """Return the counts of one policy."""
+        return self.policies.setdefault(name, PolicyCounts())
+
+    def copy(self) -> Counts:
+        """Return a copy that does not change when this one does."""
+        return copy.deepcopy(self)
+
+
+@dataclass(frozen=True)
+class ReloadState:
+    """How the last attempt to load the policies went."""
+
+    succeeded: bool = True
+    successes: int = 0
+    failures: int = 0
+    succeeded_at: float = 0.0  # seconds since the epoch
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """All that the agent tells about itself."""
+
+    agent_version: str
+    pid: int
+    taken_at: float  # seconds since the epoch
+    counts: Counts
+    memory: dict[str, PolicyMemory]  # by policy
+    queue: QueueState
+    reload: ReloadState
+    budget_percent: float
+    user_seconds: float
+    system_seconds: float
+    module: Info | None  # None: not loaded
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return it as plain values, with names in place of enums, for JSON."""
+        plain = _plain(self)
+        assert isinstance(plain, dict)
+        return plain
+
+
+def _plain(value: Any) -> Any:
+    """Convert what json cannot, all the way down.
+
+    dataclasses.asdict() will not do: it rebuilds a Counter from its items, and so counts those.
+    """
+    if dataclasses.is_dataclass(value):
+        return {
+            field.name: _plain(getattr(value, field.name)) for field in dataclasses.fields(value)
+        }
+    if isinstance(value, dict):
+        return {
+            key.name.lower() if isinstance(key, Result) else key: _plain(item)
+            for key, item in value.items()
+        }
+    return value

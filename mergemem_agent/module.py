@@ -1,0 +1,359 @@
+# SPDX-License-Identifier: MIT
+"""The kernel module, as Python sees it: INFO, CHECKSUM, MERGE and UNMERGE over netlink.
+
+What each command means, and what the kernel promises, is told in kmod/uapi/mergemem.h. Here
+stand only its Python face and the names of its errors. Example:
+
+    with Module() as module:
+        process = ProcFs().process(pid).id
+        for run in module.checksum(process, address, pages):
+            print(hex(run.address), run.records["state"])
+"""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+from pyroute2.netlink import genlmsg
+
+from mergemem_agent import contract, error
+from mergemem_agent.contract import PAGE_BYTES, Attribute, Command, Feature, ProcessFlag, Result
+from mergemem_agent.error import MergememError
+from mergemem_agent.netlink import FamilyMissing, GenericNetlink, NetlinkFailure, PackedArray
+from mergemem_agent.procfs import ProcessId
+
+Array = np.ndarray[Any, np.dtype[Any]]
+
+# One dump request covers at most this much, so that its answer takes at most 256 KiB, and a
+# signal is noticed after some 10 ms of checksums.
+PAGES_PER_DUMP: Final = 16384
+
+_SYSFS = Path("/sys/module/mergemem")
+
+
+class ModuleFailure(MergememError):
+    """The kernel module refused a request; the message holds its own words."""
+
+
+class ModuleMissing(ModuleFailure):
+    """mergemem.ko is not loaded, or was unloaded since the socket was opened."""
+
+
+class ContractMismatch(ModuleFailure):
+    """The loaded module speaks a version of the contract that this agent does not know."""
+
+
+class NoSuchProcess(ModuleFailure):
+    """The process is gone, or its pid belongs to another one by now (ESRCH)."""
+
+
+class AccessDenied(ModuleFailure):
+    """This process must not be touched: not dumpable, or a security module objects (EACCES)."""
+
+
+class PermissionDenied(AccessDenied, error.PermissionDenied):
+    """The caller may not talk to the module at all: it lacks CAP_SYS_PTRACE (EPERM)."""
+
+
+class Busy(ModuleFailure):
+    """The process could not be locked; try again later (EBUSY)."""
+
+
+class OutOfMemory(ModuleFailure):
+    """Memory does not suffice; nothing was changed (ENOMEM)."""
+
+
+class BadRequest(ModuleFailure):
+    """The request is malformed: a fault of the caller, not of the system."""
+
+
+_FAILURES: Final[dict[int, tuple[type[ModuleFailure], str]]] = {
+    errno.ENOENT: (ModuleMissing, "load it with 'modprobe mergemem'"),
+    errno.ESRCH: (NoSuchProcess, ""),
+    errno.EACCES: (AccessDenied, "a process that is not dumpable must be allowed by name"),
+    errno.EPERM: (PermissionDenied, "this takes CAP_SYS_PTRACE: run as root"),
+    errno.EBUSY: (Busy, "try again"),
+    errno.ENOMEM: (OutOfMemory, "free some memory, or ask for a smaller range"),
+}
+
+
+class _Message(genlmsg):  # type: ignore[misc]
+    """Every message of the family: a command and attributes, in the order of their numbers."""
+
+    __slots__ = ()
+
+    array = PackedArray
+    nla_map = (
+        (Attribute.UNSPEC.name, "none"),
+        (Attribute.PAD.name, "none"),
+        (Attribute.CONTRACT_VERSION.name, "uint32"),
+        (Attribute.MODULE_VERSION.name, "asciiz"),
+        (Attribute.FEATURES.name, "uint64"),
+        (Attribute.LIMITS.name, "array"),
+        (Attribute.COUNTERS.name, "array"),
+        (Attribute.TOTALS.name, "array"),
+        (Attribute.PROCESSES.name, "cdata"),
+        (Attribute.ADDRESS.name, "uint64"),
+        (Attribute.PAGES.name, "uint64"),
+        (Attribute.DEPTH.name, "uint32"),
+        (Attribute.RECORDS.name, "array"),
+        (Attribute.REFUSED.name, "uint64"),
+        (Attribute.CANDIDATES.name, "cdata"),
+        (Attribute.RESULTS.name, "array"),
+        (Attribute.UNMERGED.name, "uint64"),
+        (Attribute.NEXT.name, "uint64"),
+    )
+
+
+@dataclass(frozen=True)
+class Limits:
+    """struct mergemem_limits: what one request may hold."""
+
+    max_processes: int
+    max_candidates: int
+    max_unmerge_pages: int
+    max_mappings: int  # of one shared page; MOREMAP beyond it
+    max_shared_bytes: int  # NOMEM beyond it; 0: no limit
+
+
+@dataclass(frozen=True)
+class Counters:
+    """struct mergemem_counters: what happened since the module was loaded."""
+
+    checksummed_pages: int
+    sampled_pages: int
+    merge_requests: int
+    unmerged_pages: int
+    tlb_flushes: int
+    lru_drains: int
+    results: dict[Result, int]
+
+
+@dataclass(frozen=True)
+class Totals:
+    """struct mergemem_totals: what is shared right now."""
+
+    shared_pages: int
+    shared_mappings: int
+
+    @property
+    def saved_bytes(self) -> int:
+        """Memory that the shared pages save: one frame for each mapping but the first."""
+        return max(0, self.shared_mappings - self.shared_pages) * PAGE_BYTES
+
+
+@dataclass(frozen=True)
+class Info:
+    """What INFO tells of the loaded module."""
+
+    contract_version: int
+    module_version: str
+    features: Feature
+    limits: Limits
+    counters: Counters
+    totals: Totals
+
+
+@dataclass(frozen=True)
+class Run:
+    """Neighbouring pages from `address` on, as CHECKSUM saw them.
+
+    Either `records` has one contract.RECORD per page and `refused_pages` is 0, or it is empty
+    and `refused_pages` tells how many pages lie in a mapping of a kind that is never merged.
+    """
+
+    address: int
+    records: Array
+    refused_pages: int
+
+
+@dataclass(frozen=True)
+class Unmerged:
+    """What one UNMERGE did: pages with frames of their own now, and where to go on."""
+
+    pages: int
+    next_address: int
+
+
+class Module:
+    """One open conversation with mergemem.ko, for use by one thread."""
+
+    def __init__(self) -> None:
+        """Open it. Raises ModuleMissing, PermissionDenied, ContractMismatch."""
+        try:
+            self._netlink = GenericNetlink(
+                contract.FAMILY_NAME, contract.CONTRACT_VERSION, _Message
+            )
+        except FamilyMissing:
+            raise _failure(errno.ENOENT, "the kernel module mergemem is not loaded") from None
+        try:
+            version = self.info().contract_version
+            if version != contract.CONTRACT_VERSION:
+                raise ContractMismatch(
+                    f"the loaded mergemem.ko speaks contract version {version}, "
+                    f"this program version {contract.CONTRACT_VERSION}",
+                    hint="install module and program of the same release, reload the module",
+                )
+        except BaseException:
+            self.close()
+            raise
+
+    @staticmethod
+    def is_loaded() -> bool:
+        """Tell whether the module is loaded, without asking for it.
+
+        A netlink look-up of a missing family makes the kernel run modprobe: a polling agent
+        would load the module that its operator has just unloaded.
+        """
+        return _SYSFS.is_dir()
+
+    def close(self) -> None:
+        """Close the socket. Merged pages stay merged."""
+        self._netlink.close()
+
+    def __enter__(self) -> Module:
+        """Return the module; leaving the block closes it."""
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        """Close the socket."""
+        self.close()
+
+    def info(self) -> Info:
+        """Versions, limits, counters and live totals. Raises ModuleMissing, PermissionDenied."""
+        reply = self._do(Command.INFO)
+        return Info(
+            contract_version=reply.get_attr(Attribute.CONTRACT_VERSION.name),
+            module_version=reply.get_attr(Attribute.MODULE_VERSION.name) or "",
+            features=Feature(reply.get_attr(Attribute.FEATURES.name) or 0),
+            limits=Limits(**_structure(reply, Attribute.LIMITS, contract.LIMITS)),
+            counters=_counters(_structure(reply, Attribute.COUNTERS, contract.COUNTERS)),
+            totals=Totals(**_structure(reply, Attribute.TOTALS, contract.TOTALS)),
+        )
+
+    def checksum(
+        self,
+        process: ProcessId,
+        address: int,
+        pages: int,
+        depth_bytes: int = contract.DEPTH_FULL_BYTES,
+        undumpable: bool = False,
+    ) -> Iterator[Run]:
+        """Yield what is mapped in `pages` pages from `address`, in ascending order.
+
+        Pages of which no run tells are absent. Raises NoSuchProcess, AccessDenied, Busy.
+        """
+        end = address + pages * PAGE_BYTES
+        named = _processes([process], {process} if undumpable else ())
+        for start in range(address, end, PAGES_PER_DUMP * PAGE_BYTES):
+            request = [
+                (Attribute.PROCESSES.name, named),
+                (Attribute.ADDRESS.name, start),
+                (Attribute.PAGES.name, min(PAGES_PER_DUMP, (end - start) // PAGE_BYTES)),
+                (Attribute.DEPTH.name, depth_bytes),
+            ]
+            try:
+                replies = self._netlink.dump(Command.CHECKSUM, request)
+            except NetlinkFailure as failure:
+                raise _translate(failure) from None
+            yield from map(_run, replies)
+
+    def merge(
+        self,
+        processes: Sequence[ProcessId],
+        candidates: Array,
+        undumpable: Collection[ProcessId] = (),
+    ) -> Array:
+        """Merge the pages of each group; return one uint8 Result per candidate, in order.
+
+        `candidates` is an array of contract.CANDIDATE whose `process` is an index into
+        `processes`. Both must keep to the limits that info() tells.
+        """
+        reply = self._do(
+            Command.MERGE,
+            (Attribute.PROCESSES.name, _processes(processes, undumpable)),
+            (Attribute.CANDIDATES.name, _packed(candidates, contract.CANDIDATE)),
+        )
+        return np.frombuffer(reply.get_attr(Attribute.RESULTS.name), dtype=contract.RESULT)
+
+    def unmerge(
+        self, process: ProcessId, address: int, pages: int, undumpable: bool = False
+    ) -> Unmerged:
+        """Give the merged pages of a range private frames again, as many as one request may.
+
+        Go on at `next_address` until that is the end of the range. Raises NoSuchProcess,
+        AccessDenied, Busy, and OutOfMemory before anything was changed.
+        """
+        reply = self._do(
+            Command.UNMERGE,
+            (Attribute.PROCESSES.name, _processes([process], {process} if undumpable else ())),
+            (Attribute.ADDRESS.name, address),
+            (Attribute.PAGES.name, pages),
+        )
+        return Unmerged(
+            pages=reply.get_attr(Attribute.UNMERGED.name),
+            next_address=reply.get_attr(Attribute.NEXT.name),
+        )
+
+    def _do(self, command: Command, *attributes: tuple[str, Any]) -> genlmsg:
+        try:
+            reply = self._netlink.do(command, attributes)
+        except NetlinkFailure as failure:
+            raise _translate(failure) from None
+        if reply is None:
+            raise BadRequest(f"the module did not answer {command.name}")
+        return reply
+
+
+def _translate(failure: NetlinkFailure) -> ModuleFailure:
+    if failure.code == errno.ENOENT and not failure.text:
+        # What generic netlink itself says of a family number that is no longer taken. Numbers
+        # are given out in turn, so another family does not take this one's soon.
+        return _failure(errno.ENOENT, "the kernel module mergemem was unloaded")
+    return _failure(failure.code, f"the kernel module says: {failure.message}")
+
+
+def _failure(code: int, message: str) -> ModuleFailure:
+    kind, hint = _FAILURES.get(code, (BadRequest, ""))
+    return kind(message, hint=hint)
+
+
+def _processes(processes: Sequence[ProcessId], undumpable: Collection[ProcessId]) -> bytes:
+    packed = np.zeros(len(processes), dtype=contract.PROCESS)
+    for entry, process in zip(packed, processes, strict=True):
+        flags = ProcessFlag.UNDUMPABLE if process in undumpable else 0
+        entry["pid"], entry["flags"] = process.pid, flags
+        entry["start_time"] = process.start_time_ticks
+    return packed.tobytes()
+
+
+def _packed(values: Array, dtype: np.dtype[Any]) -> bytes:
+    if values.dtype != dtype:
+        raise TypeError(f"an array of {dtype} is needed, not of {values.dtype}")
+    return values.tobytes()
+
+
+def _structure(reply: genlmsg, attribute: Attribute, dtype: np.dtype[Any]) -> dict[str, Any]:
+    """Read one structure: fields that an older module does not send are 0, newer ones unread."""
+    received = bytes(reply.get_attr(attribute.name) or b"")[: dtype.itemsize]
+    value = np.frombuffer(received.ljust(dtype.itemsize, b"\0"), dtype=dtype)[0]
+    return {name: value[name].tolist() for name in dtype.names or ()}
+
+
+def _counters(fields: dict[str, Any]) -> Counters:
+    counts = fields.pop("results")
+    return Counters(**fields, results={result: counts[result] for result in Result})
+
+
+def _run(reply: genlmsg) -> Run:
+    records = reply.get_attr(Attribute.RECORDS.name)
+    return Run(
+        address=reply.get_attr(Attribute.ADDRESS.name),
+        records=np.frombuffer(b"" if records is None else records, dtype=contract.RECORD),
+        refused_pages=reply.get_attr(Attribute.REFUSED.name) or 0,
+    )

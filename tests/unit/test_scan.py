@@ -1,0 +1,212 @@
+# SPDX-License-Identifier: MIT
+"""Targets and scan queue, on real processes of this machine and the real /proc."""
+
+import mmap
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+
+from mergemem_agent.policy import Glob, Policy, PolicySet, Selector
+from mergemem_agent.procfs import Mapping, ProcFs
+from mergemem_agent.region import REGION_BYTES
+from mergemem_agent.scan import SLICE_REGIONS, Hint, ScanQueue, region_numbers
+from mergemem_agent.targets import Targets
+
+SLEEPER = os.path.realpath("/bin/sleep")
+SLEEPERS = PolicySet(policies=(Policy(name="sleepers", select=Selector(executable=Glob(SLEEPER))),))
+NOBODY = PolicySet()
+
+
+@pytest.fixture
+def sleepers() -> Iterator[list[subprocess.Popen[bytes]]]:
+    started = [subprocess.Popen([SLEEPER, "600"]) for _ in range(2)]
+    yield started
+    for process in started:
+        process.kill()
+        process.wait()
+
+
+def pids(targets: Targets) -> set[int]:
+    return {target.process.pid for target in targets}
+
+
+def sync_until(targets: Targets, expected: set[int]) -> None:
+    """Sync until all of these are targets: a new process may still be before its exec."""
+    deadline = time.monotonic() + 20
+    targets.sync()
+    while not expected <= pids(targets) and time.monotonic() < deadline:
+        time.sleep(0.1)
+        targets.sync()
+    assert expected <= pids(targets)
+
+
+def mapping(start: int, end: int, permissions: str = "rw-p", inode: int = 0) -> Mapping:
+    return Mapping(start, end, permissions, inode, "", frozenset())
+
+
+def test_targets_follow_proc(sleepers: list[subprocess.Popen[bytes]]) -> None:
+    targets = Targets(SLEEPERS, ProcFs())
+    sync_until(targets, {process.pid for process in sleepers})
+    sleepers[0].kill()
+    sleepers[0].wait()
+    targets.sync()
+    assert sleepers[0].pid not in pids(targets)
+    assert sleepers[1].pid in pids(targets)
+
+
+def test_the_agent_is_never_its_own_target() -> None:
+    own = Glob(os.path.realpath("/proc/self/exe"))
+    targets = Targets(PolicySet(policies=(Policy("own", Selector(executable=own)),)), ProcFs())
+    code = "import time; print(flush=True); time.sleep(600)"
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE) as sibling:
+        assert sibling.stdout is not None
+        sibling.stdout.readline()
+        sync_until(targets, {sibling.pid})
+        sibling.kill()
+    assert os.getpid() not in pids(targets)
+
+
+def test_a_target_stays_one_when_its_memory_is_no_longer_anonymous() -> None:
+    code = (
+        "memory = bytearray(b'x') * (64 << 20); print(flush=True); input();"
+        "del memory; print(flush=True); input()"
+    )
+    large = Selector(
+        executable=Glob(os.path.realpath(sys.executable)), minimum_anonymous_bytes=32 << 20
+    )
+    policies = PolicySet(policies=(Policy("large", large),))
+    targets = Targets(policies, ProcFs())
+    with subprocess.Popen(
+        [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as process:
+        assert process.stdin is not None
+        assert process.stdout is not None
+        process.stdout.readline()
+        sync_until(targets, {process.pid})
+        process.stdin.write(b"\n")
+        process.stdin.flush()
+        process.stdout.readline()
+        assert (seen := ProcFs().process(process.pid)) is not None
+        assert not large.matches(seen)
+        targets.change_policies(policies)
+        targets.sync()
+        assert process.pid in pids(targets)
+        process.kill()
+
+
+def test_other_policies_make_other_targets(sleepers: list[subprocess.Popen[bytes]]) -> None:
+    targets = Targets(SLEEPERS, ProcFs())
+    sync_until(targets, {process.pid for process in sleepers})
+    targets.change_policies(NOBODY)
+    targets.sync()
+    assert len(targets) == 0
+
+
+def test_a_target_keeps_what_is_known_of_it(sleepers: list[subprocess.Popen[bytes]]) -> None:
+    targets = Targets(SLEEPERS, ProcFs())
+    sync_until(targets, {process.pid for process in sleepers})
+    before = list(targets)
+    targets.change_policies(SLEEPERS)
+    targets.sync()
+    assert all(target in targets for target in before)
+
+
+def test_a_refused_process_is_left_alone(sleepers: list[subprocess.Popen[bytes]]) -> None:
+    targets = Targets(SLEEPERS, ProcFs())
+    sync_until(targets, {process.pid for process in sleepers})
+    target = next(target for target in targets if target.process.pid == sleepers[0].pid)
+    targets.refuse(target)
+    targets.sync()
+    assert sleepers[0].pid not in pids(targets)
+
+
+def test_every_region_comes_once_and_targets_take_turns(
+    sleepers: list[subprocess.Popen[bytes]],
+) -> None:
+    targets = Targets(SLEEPERS, ProcFs())
+    sync_until(targets, {process.pid for process in sleepers})
+    queue = ScanQueue(targets, ProcFs())
+    handed_out: dict[int, list[int]] = {target.process.pid: [] for target in targets}
+    turns = []
+    while work := queue.next(lambda _: True):
+        rows = work.target.regions.rows[work.first : work.first + work.count]
+        assert 1 <= work.count <= SLICE_REGIONS
+        assert (np.diff(rows["number"].astype(int)) == 1).all()
+        handed_out[work.target.process.pid] += rows["number"].tolist()
+        turns.append(work.target.process.pid)
+        rows["due"] = time.monotonic() + 1000
+    assert set(turns[: len(handed_out)]) == set(handed_out)
+    for target in targets:
+        expected = region_numbers(ProcFs().mappings(target.process.pid)).tolist()
+        assert sorted(handed_out[target.process.pid]) == expected
+    assert queue.state().due == 0
+    assert queue.state().regions == sum(map(len, handed_out.values()))
+
+
+def test_targets_without_budget_wait(sleepers: list[subprocess.Popen[bytes]]) -> None:
+    targets = Targets(SLEEPERS, ProcFs())
+    sync_until(targets, {process.pid for process in sleepers})
+    queue = ScanQueue(targets, ProcFs())
+    assert queue.next(lambda _: False) is None
+    only = sleepers[1].pid
+    work = queue.next(lambda target: target.process.pid == only)
+    assert work is not None
+    assert work.target.process.pid == only
+
+
+def test_a_process_that_ends_in_the_queue_is_dropped(
+    sleepers: list[subprocess.Popen[bytes]],
+) -> None:
+    targets = Targets(SLEEPERS, ProcFs())
+    sync_until(targets, {process.pid for process in sleepers})
+    for process in sleepers:
+        process.kill()
+        process.wait()
+    queue = ScanQueue(targets, ProcFs())
+    mine = {process.pid for process in sleepers}
+    assert queue.next(lambda target: target.process.pid in mine) is None
+    assert not mine & pids(targets)
+
+
+def test_hints_bring_a_region_forward_or_put_it_off(
+    sleepers: list[subprocess.Popen[bytes]],
+) -> None:
+    targets = Targets(SLEEPERS, ProcFs())
+    sync_until(targets, {sleepers[0].pid})
+    queue = ScanQueue(targets, ProcFs())
+    work = queue.next(lambda target: target.process.pid == sleepers[0].pid)
+    assert work is not None
+    rows = work.target.regions.rows
+    process, address = work.target.process, int(rows["number"][0]) * REGION_BYTES
+    now = time.monotonic()
+    rows["due"][0] = now + 1000
+    queue.take_hints([Hint(process, address, first_touches=100, write_protect_faults=0)])
+    assert now + 9 < rows["due"][0] < now + 100
+    queue.take_hints([Hint(process, address, first_touches=0, write_protect_faults=100)])
+    assert now + 19 < rows["due"][0] < now + 100
+    queue.take_hints([Hint(process, 0, first_touches=1, write_protect_faults=0)])
+
+
+def test_regions_of_mappings() -> None:
+    numbers = region_numbers(
+        [
+            mapping(0x1000, 0x2000),
+            mapping(0x3FF000, 0x401000),  # across a border
+            mapping(0x800000, 0x801000, inode=5),  # a file
+            mapping(0xA00000, 0xB00000, permissions="---p"),  # a reservation
+            mapping(0xC00000, 0xE00000),  # one region, exactly
+        ]
+    )
+    assert numbers.tolist() == [0, 1, 2, 6]
+    assert region_numbers([]).tolist() == []
+
+
+def test_own_memory_is_in_a_region() -> None:
+    memory = mmap.mmap(-1, 1 << 20, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    address = np.frombuffer(memory, dtype=np.uint8).ctypes.data
+    assert address // REGION_BYTES in region_numbers(ProcFs().mappings(os.getpid())).tolist()
