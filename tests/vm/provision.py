@@ -21,6 +21,8 @@ PYTHON = Path("/usr/bin/python3")
 NEWEST = BUILD / "venv"
 DEBIAN = BUILD / "venv-debian"
 TRIXIE_PACKAGES = (
+    "gcc",
+    "libc6-dev",
     "python3",
     "python3-hypothesis",
     "python3-jsonschema",

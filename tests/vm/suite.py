@@ -133,16 +133,19 @@ def _unit_in_trixie(report: Path) -> str:
     script = """
         mount --bind "$2" "$1/mnt"
         mount -t proc proc "$1/proc"
+        mount -t sysfs -o ro sys "$1/sys"
+        mount --rbind /dev "$1/dev"
+        mount --bind "$3" "$1/opt"
         mount -t tmpfs tmp "$1/tmp"
         root=$1
-        shift 2
+        shift 3
         exec chroot "$root" sh -c 'cd /mnt && exec "$@"' sh "$@"
     """
     inside = Path("/mnt") / report.relative_to(CHECKOUT)
     settings = [f"{name}={value}" for name, value in _environment().items()]
     words = [*sudo(), "unshare", "--mount", "--propagation", "private", "sh", "-euc", script, "sh"]
-    words += [str(provision.trixie()), str(CHECKOUT)]
-    words += ["env", "-i", "PATH=/usr/sbin:/usr/bin:/sbin:/bin", "HOME=/root", "LANG=C.UTF-8"]
+    words += [str(provision.trixie()), str(CHECKOUT), str(provision.tools())]
+    words += ["env", "-i", "PATH=/usr/sbin:/usr/bin:/sbin:/bin:/opt", "HOME=/root", "LANG=C.UTF-8"]
     words += [*settings, "python3", *_pytest(UNIT, inside)]
     return _status(subprocess.run(words).returncode, report)
 
