@@ -145,7 +145,8 @@ class Regions:
         old = self._spread(first, count)
         present = new != 0
         same = present & (old != 0) & ((new ^ old) & _CHECKSUM_MASK == 0)
-        # A merged page cannot change: who writes to it gets a page of its own.
+        # A page that is no longer merged was written to, though it may look the same again.
+        same &= (old & ~new & np.uint64(MERGED)) == 0
         settled_before = same & (old & np.uint64(SETTLED) != 0)
         apart = now - rows["looked"] >= settle * _CLOCK_TOLERANCE
         settled = settled_before | (same & np.repeat(apart, REGION_PAGES))

@@ -102,7 +102,9 @@ class Targets:
         """Show one process to the policies, and take it in, change it, or drop it."""
         process = self._procfs.process(identity.pid)
         if process is None or process.id != identity:
-            return  # gone meanwhile: the next sync tells
+            # Gone meanwhile, or a zombie that nobody reaps.
+            self._targets.pop(identity, None)
+            return
         wait = min(max(process.age_seconds, RECHECK_FIRST_SECONDS), RECHECK_SECONDS)
         self._recheck[identity] = now + wait
         known = self._targets.get(identity)

@@ -263,7 +263,8 @@ def test_absent_pages_are_passed_over_and_stay_absent(view: View, reserved: int)
 def test_refused_mappings_are_left_out_and_named(view: View) -> None:
     memory = view.start([1])
     gaps = [gap for gap in view.of(memory).gaps if gap.reason is Unread.REFUSED]
-    assert [gap.pid for gap in gaps] == memory.pids
+    # More than one where the C library keeps secrets of its own (glibc 2.41, on Linux 6.11).
+    assert {gap.pid for gap in gaps} == set(memory.pids)
     assert "DONTDUMP" in gaps[0].detail
     assert gaps[0].pages > 100  # an interpreter
 
