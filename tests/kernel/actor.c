@@ -14,7 +14,8 @@
  *	actor.c		the channel, and the table of commands
  *	actor_memory.h	mapping, filling, checking, changing memory
  *	actor_io.h	I/O that keeps pages in use for as long as a test wants
- *	actor_threads.h	threads: random writers, churn, and one that hogs mmap_lock
+ *	actor_writers.h	threads that write and read at random
+ *	actor_churn.h	threads that change mappings, and one that hogs mmap_lock
  */
 #include "actor.h"
 
@@ -25,9 +26,10 @@
 #include <sys/socket.h>
 #include <sys/un.h>
 
+#include "actor_churn.h"
 #include "actor_io.h"
 #include "actor_memory.h"
-#include "actor_threads.h"
+#include "actor_writers.h"
 
 static const char *channel_name;
 static int channel = -1;
@@ -140,6 +142,7 @@ static const struct {
 	{ "touch", do_touch },
 	{ "read", do_read },
 	{ "write", do_write },
+	{ "flip", do_flip },
 	{ "clear", do_clear },
 	{ "munmap", do_munmap },
 	{ "mremap", do_mremap },
@@ -157,9 +160,10 @@ static const struct {
 	{ "receive", do_receive },
 	{ "direct", do_direct },
 	{ "wait", do_wait },
-	/* actor_threads.h */
+	/* actor_writers.h */
 	{ "writers", do_writers },
 	{ "stop_writers", do_stop_writers },
+	/* actor_churn.h */
 	{ "churn", do_churn },
 	{ "stop_churn", do_stop_churn },
 	{ "hog", do_hog },

@@ -108,4 +108,12 @@ static bool is_zero(const void *start, uint64_t pages)
 	return true;
 }
 
+static uint64_t next_random(uint64_t *state)
+{
+	*state ^= *state << 13;
+	*state ^= *state >> 7;
+	*state ^= *state << 17;
+	return *state;
+}
+
 #endif

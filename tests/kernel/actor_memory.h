@@ -129,6 +129,16 @@ static void do_write(const struct command *command)
 	done();
 }
 
+/* flip ADDRESS PAGES STEP: all bits of the first byte of every STEPth page */
+static void do_flip(const struct command *command)
+{
+	volatile unsigned char *bytes_of = pointer(command, 1);
+
+	for (uint64_t page = 0; page < number(command, 2); page += number(command, 3))
+		bytes_of[page * PAGE_BYTES] ^= 0xff;
+	done();
+}
+
 /* clear ADDRESS PAGES: write zeros */
 static void do_clear(const struct command *command)
 {

@@ -12,6 +12,7 @@ import pytest
 from tests.kernel.actor import Stage
 from tests.kernel.kernel_log import KernelLog
 from tests.kernel.module import Module
+from tests.kernel.sharing import Merged, merge_all
 from tests.kernel.wire import Client
 
 # The control directory that the rig mounts into its guests, and nobody else has.
@@ -65,3 +66,21 @@ def scene(module: Module) -> Iterator[None]:
     log.close()
     assert not complaints, "\n".join(log.lines)
     assert (info.shared_pages, info.shared_mappings) == (0, 0)
+
+
+@pytest.fixture
+def merged(stage: Stage, client: Client) -> Merged:
+    """Eight pages each, equal, and merged."""
+    alice, bob = (stage.start().region(Merged.PAGES, Merged.SEED) for _ in range(2))
+    merge_all(client, alice, bob)
+    return Merged(alice, bob, [int(frame) for frame in alice.frames])
+
+
+@pytest.fixture
+def totals(client: Client) -> Iterator[list[int]]:
+    """What INFO must say at the end: [shared pages, mappings], set by the test's last line."""
+    expected: list[int] = []
+    yield expected
+    info = client.info()
+    if expected:
+        assert [info.shared_pages, info.shared_mappings] == expected

@@ -5,10 +5,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import ClassVar
 
 from tests.kernel import frames
 from tests.kernel.actor import Page, Region
-from tests.kernel.wire import Client, Result
+from tests.kernel.contract import Result
+from tests.kernel.wire import Client
 
 # Far more than anything here takes, in a slow guest on a busy host.
 DEADLINE_SECONDS = 120
@@ -51,6 +54,25 @@ def write_privately(writer: Region, index: int, *others: Region) -> None:
         other.verify()
     writer.write(index, original)
     writer.verify()
+
+
+@dataclass(frozen=True)
+class Merged:
+    """Two processes that share eight frames."""
+
+    PAGES: ClassVar[int] = 8
+    SEED: ClassVar[int] = 30
+
+    alice: Region
+    bob: Region
+    frames: list[int]
+
+    def assert_shared(self) -> None:
+        """Still so, both still right."""
+        for group in pairs(self.alice, self.bob):
+            frames.assert_shared(group)
+        self.alice.verify()
+        self.bob.verify()
 
 
 def wait_until(condition: Callable[[], bool], what: str) -> None:

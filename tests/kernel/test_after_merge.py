@@ -11,13 +11,8 @@ Every test ends with bytes: alice's and bob's are what they should be, whatever 
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import mmap
-import os
-import struct
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -36,51 +31,15 @@ from tests.kernel.actor import (
     PROT_WRITE,
     Actor,
     ActorError,
-    Region,
     Stage,
-    content,
 )
-from tests.kernel.nbd import SlowDisk
-from tests.kernel.sharing import merge_all, pairs, write_privately
-from tests.kernel.wire import Client, Result
+from tests.kernel.contract import Result
+from tests.kernel.sharing import Merged, merge_all, write_privately
+from tests.kernel.wire import Client
 
-PAGES, SEED = 8, 30
+PAGES, SEED = Merged.PAGES, Merged.SEED
 MADV_COLLAPSE = 25
 PTRACE_POKEDATA, PTRACE_ATTACH, PTRACE_DETACH = 5, 16, 17
-
-
-@dataclass(frozen=True)
-class Merged:
-    """Two processes that share eight frames."""
-
-    alice: Region
-    bob: Region
-    frames: list[int]
-
-    def assert_shared(self) -> None:
-        """Still so, both still right."""
-        for group in pairs(self.alice, self.bob):
-            frames.assert_shared(group)
-        self.alice.verify()
-        self.bob.verify()
-
-
-@pytest.fixture
-def merged(stage: Stage, client: Client) -> Merged:
-    """The scene of this file."""
-    alice, bob = (stage.start().region(PAGES, SEED) for _ in range(2))
-    merge_all(client, alice, bob)
-    return Merged(alice, bob, [int(frame) for frame in alice.frames])
-
-
-@pytest.fixture
-def totals(client: Client) -> Iterator[list[int]]:
-    """What INFO must say at the end: [shared pages, mappings], set by the test's last line."""
-    expected: list[int] = []
-    yield expected
-    info = client.info()
-    if expected:
-        assert [info.shared_pages, info.shared_mappings] == expected
 
 
 def test_write_from_either_side(merged: Merged, totals: list[int]) -> None:
@@ -243,121 +202,6 @@ def test_reclaim_and_collapse_leave_them(merged: Merged, advice: int) -> None:
         actor.ask("madvise", merged.alice.address, PAGES, advice)
     merged.assert_shared()
     write_privately(merged.alice, 0, merged.bob)
-
-
-class _Iovec(ctypes.Structure):
-    _fields_ = (("base", ctypes.c_void_p), ("length", ctypes.c_size_t))
-
-
-_libc = ctypes.CDLL(None, use_errno=True)
-
-
-def test_process_vm_writev(merged: Merged, totals: list[int]) -> None:
-    alice = merged.alice
-    data = ctypes.create_string_buffer(b"written from outside", 20)
-    ours = _Iovec(ctypes.addressof(data), 20)
-    theirs = _Iovec(alice[0].address, 20)
-    ranges = ctypes.byref(ours), 1, ctypes.byref(theirs), 1, 0
-    assert _libc.process_vm_writev(alice.actor.pid, *ranges) == 20, ctypes.get_errno()
-    assert alice.read(0) == ord("w")
-    assert alice[0].frame != merged.frames[0]
-    merged.bob.verify()
-    totals += [8, 15]
-
-
-def test_ptrace_poke(merged: Merged, totals: list[int]) -> None:
-    alice = merged.alice
-    _libc.ptrace.argtypes = [ctypes.c_long, ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p]
-    assert _libc.ptrace(PTRACE_ATTACH, alice.actor.pid, None, None) == 0
-    os.waitpid(alice.actor.pid, 0)
-    assert _libc.ptrace(PTRACE_POKEDATA, alice.actor.pid, alice[0].address, 0x4242) == 0
-    assert _libc.ptrace(PTRACE_DETACH, alice.actor.pid, None, None) == 0
-    assert alice.read(0) == 0x42
-    assert alice[0].frame != merged.frames[0]
-    merged.bob.verify()
-    totals += [8, 15]
-
-
-def test_debugger_writes_to_read_only_memory(merged: Merged, totals: list[int]) -> None:
-    """Through /proc/PID/mem, which as a breakpoint does overrides the protection."""
-    alice = merged.alice
-    alice.actor.ask("mprotect", alice.address, PAGES, PROT_READ)
-    with open(f"/proc/{alice.actor.pid}/mem", "r+b", buffering=0) as memory:
-        memory.seek(alice[0].address)
-        memory.write(b"\xcc")
-    assert alice.read(0) == 0xCC
-    assert alice[0].frame != merged.frames[0]
-    merged.bob.verify()
-    totals += [8, 15]
-
-
-def test_read_through_proc_mem(merged: Merged) -> None:
-    with open(f"/proc/{merged.alice.actor.pid}/mem", "rb", buffering=0) as memory:
-        memory.seek(merged.alice.address)
-        data = memory.read(PAGES * PAGE_BYTES)
-    assert data == b"".join(content(SEED, page) for page in range(PAGES))
-    merged.assert_shared()
-
-
-def test_direct_io_into_a_merged_page(merged: Merged, totals: list[int]) -> None:
-    """A read from a disk into alice's page must not reach bob's."""
-    alice = merged.alice
-    with SlowDisk(content(SEED + 1, 0)) as disk:
-        alice.actor.ask("direct", disk.path, alice[0].address, 2)
-        assert alice.actor.ask("wait") == str(2 * PAGE_BYTES)
-    assert alice.actor.ask("verify", alice.address, 2, SEED + 1, 1) == "same"
-    merged.bob.verify()
-    totals += [8, 14]
-
-
-def test_fixed_buffer_over_a_merged_page(merged: Merged, totals: list[int]) -> None:
-    """A long-term pin is taken on a private copy, or I/O would write to everybody's page."""
-    alice = merged.alice
-    alice.actor.ask("register", alice.address, PAGES)
-    assert not {int(frame) for frame in alice.frames} & set(merged.frames)
-    alice.verify()
-    merged.bob.verify()
-    alice.actor.ask("unregister")
-    totals += [8, 8]
-
-
-def test_lent_to_a_pipe_then_written(merged: Merged) -> None:
-    """What a pipe was lent is not what the lender writes afterwards."""
-    alice = merged.alice
-    alice.actor.ask("vmsplice", alice.address, PAGES)
-    alice.actor.ask("fill", alice.address, PAGES, SEED + 1)
-    merged.bob.verify()
-    merged.bob.actor.exit()
-    assert alice.actor.ask("drain", PAGES, SEED) == "1"
-
-
-def test_core_dump(merged: Merged, tmp_path: Path) -> None:
-    pattern = Path("/proc/sys/kernel/core_pattern")
-    before = pattern.read_text()
-    pattern.write_text(f"{tmp_path}/core")
-    try:
-        merged.alice.actor.ask_to_crash()
-    finally:
-        pattern.write_text(before)
-    core = next(tmp_path.glob("core*"))
-    assert core_memory(core, merged.alice.address, PAGES * PAGE_BYTES) == b"".join(
-        content(SEED, page) for page in range(PAGES)
-    )
-    merged.bob.verify()
-
-
-def core_memory(core: Path, address: int, length: int) -> bytes:
-    """Memory out of a 64-bit ELF core file."""
-    data = core.read_bytes()
-    (headers_at,) = struct.unpack_from("<Q", data, 32)
-    size, count = struct.unpack_from("<HH", data, 54)
-    for number in range(count):
-        kind, _, at, start, _, in_file, _, _ = struct.unpack_from(
-            "<IIQQQQQQ", data, headers_at + number * size
-        )
-        if kind == 1 and start <= address and address + length <= start + in_file:
-            return data[at + address - start :][:length]
-    raise AssertionError(f"{address:#x} is not in the core file")
 
 
 def test_merge_of_read_only_memory(stage: Stage, client: Client) -> None:

@@ -10,9 +10,10 @@ import pytest
 
 from tests.kernel import frames
 from tests.kernel.actor import MADV_DONTNEED, PAGE_BYTES, Region, Stage
+from tests.kernel.contract import State
 from tests.kernel.module import Module
 from tests.kernel.sharing import merge_all
-from tests.kernel.wire import Client, State
+from tests.kernel.wire import Client
 
 PAGES, SEED = 16, 60
 

@@ -16,23 +16,25 @@ from dataclasses import dataclass
 import pytest
 
 from tests.kernel.actor import PAGE_BYTES, Region, Stage
-from tests.kernel.wire import (
+from tests.kernel.contract import (
     CANDIDATE,
     MAX_CANDIDATES,
     MAX_PROCESSES,
-    NLM_F_ACK,
-    NLM_F_DUMP,
-    NLM_F_REQUEST,
     PROCESS,
     RECORD,
     Attribute,
-    Client,
     Command,
-    Refused,
     Result,
     State,
-    attribute,
     header_enum,
+)
+from tests.kernel.wire import (
+    NLM_F_ACK,
+    NLM_F_DUMP,
+    NLM_F_REQUEST,
+    Client,
+    Refused,
+    attribute,
     message,
 )
 

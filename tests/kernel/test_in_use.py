@@ -16,9 +16,10 @@ import pytest
 
 from tests.kernel import frames
 from tests.kernel.actor import PAGE_BYTES, Region, Stage, content
+from tests.kernel.contract import Result, State
 from tests.kernel.nbd import SlowDisk
 from tests.kernel.sharing import pairs, wait_until, write_privately
-from tests.kernel.wire import Client, Result, State
+from tests.kernel.wire import Client
 
 PAGES, LENT, SEED = 8, 4, 40
 Step = Callable[[Region], None]

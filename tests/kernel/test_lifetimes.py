@@ -15,6 +15,7 @@ import pytest
 from tests.kernel import frames
 from tests.kernel.accounting import free_pages
 from tests.kernel.actor import Stage
+from tests.kernel.contract import Attribute, Command, Result, State
 from tests.kernel.module import Module
 from tests.kernel.sharing import (
     DEADLINE_SECONDS,
@@ -24,15 +25,7 @@ from tests.kernel.sharing import (
     wait_until,
     write_privately,
 )
-from tests.kernel.wire import (
-    Attribute,
-    Client,
-    Command,
-    Refused,
-    Result,
-    State,
-    merge_payload,
-)
+from tests.kernel.wire import Client, Refused, merge_payload
 
 SEED = 90
 # Other parts of the system allocate too; a leak of a test's pages is larger.

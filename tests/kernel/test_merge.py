@@ -8,9 +8,10 @@ import pytest
 
 from tests.kernel import frames
 from tests.kernel.actor import Stage
+from tests.kernel.contract import Result
 from tests.kernel.module import Module
 from tests.kernel.sharing import flat, merge_all, pairs, write_privately
-from tests.kernel.wire import Client, Result
+from tests.kernel.wire import Client
 
 SUCCESS, ALREADYSH = Result.SUCCESS, Result.ALREADYSH
 

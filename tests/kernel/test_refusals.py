@@ -3,9 +3,7 @@
 
 from __future__ import annotations
 
-import ctypes
 import errno
-import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -25,9 +23,10 @@ from tests.kernel.actor import (
     Stage,
     start_time_ticks,
 )
+from tests.kernel.contract import FEATURE_CROSS_UID, Result, State
 from tests.kernel.module import Module
 from tests.kernel.sharing import flat, merge_all, pairs, wait_until, write_privately
-from tests.kernel.wire import FEATURE_CROSS_UID, Client, Refused, Result, State
+from tests.kernel.wire import Client, Refused
 
 PAGES, SEED = 4, 50
 MADV_DODUMP, MADV_KEEPONFORK = 17, 19
@@ -282,114 +281,3 @@ def test_recycled_pid(stage: Stage, client: Client, good: tuple[Region, Region])
     assert_process_refused(client, stale.process, new.address, errno.ESRCH)
     assert new.frames.tolist() == before
     merge_all(client, new, stage.start().region(PAGES, SEED))
-
-
-def in_child(action: Callable[[], None]) -> int:
-    """The errno with which an action fails in a child process; 0 when it succeeds."""
-    child = os.fork()
-    if not child:
-        status = 255
-        try:
-            action()
-            status = 0
-        except OSError as failed:
-            status = failed.errno or 254
-        finally:
-            os._exit(status)
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-
-
-def everything(client: Client, region: Region) -> None:
-    """Each command works; or each is refused, and explained, and that is raised."""
-    commands: list[Callable[[], object]] = [
-        client.info,
-        lambda: client.checksum(region.actor.key, region.address, 1),
-        lambda: client.unmerge(region.actor.key, region.address, 1),
-        lambda: client.merge([region[0], region[1]]),
-    ]
-    refusals = [refused for command in commands if (refused := refusal(command))]
-    if not refusals:
-        return
-    if len(refusals) < len(commands):
-        raise OSError(253, "some were refused, some not")
-    if not all("CAP_SYS_PTRACE" in refused.text for refused in refusals):
-        raise OSError(252, "a refusal without an explanation")
-    raise refusals[0]
-
-
-def refusal(command: Callable[[], object]) -> Refused | None:
-    """The refusal with which a command ends, if it does."""
-    try:
-        command()
-    except Refused as refused:
-        return refused
-    return None
-
-
-@pytest.fixture
-def own_pages(stage: Stage) -> Region:
-    """Pages of the unprivileged user itself."""
-    return stage.start(uid=1001).region(2, SEED, period=1)
-
-
-def test_unprivileged_caller(client: Client, own_pages: Region) -> None:
-    def call() -> None:
-        os.setresuid(1001, 1001, 1001)
-        with Client() as unprivileged:
-            everything(unprivileged, own_pages)
-
-    assert in_child(call) == errno.EPERM
-    frames.assert_distinct(own_pages)
-
-
-def test_privileged_socket_in_unprivileged_hands(client: Client, own_pages: Region) -> None:
-    def call() -> None:
-        os.setresuid(1001, 1001, 1001)
-        everything(client, own_pages)
-
-    assert client.family
-    assert in_child(call) == errno.EPERM
-    frames.assert_distinct(own_pages)
-
-
-def test_root_of_a_user_namespace(client: Client, own_pages: Region) -> None:
-    """All capabilities, but not in the initial namespace."""
-
-    def call() -> None:
-        if ctypes.CDLL(None).unshare(0x10000000):
-            os._exit(250)
-        with Client() as root_of_nothing:
-            everything(root_of_nothing, own_pages)
-
-    assert in_child(call) == errno.EPERM
-    frames.assert_distinct(own_pages)
-
-
-@pytest.mark.parametrize(("capability", "status"), [(PTRACE_CAPABILITY, 0), (21, errno.EPERM)])
-def test_the_one_capability(
-    client: Client, own_pages: Region, capability: int, status: int
-) -> None:
-    """CAP_SYS_PTRACE is enough; CAP_SYS_ADMIN (21) is no substitute."""
-
-    def call() -> None:
-        keep_only(capability)
-        with Client() as caller:
-            everything(caller, own_pages)
-
-    assert in_child(call) == status
-    if status:
-        frames.assert_distinct(own_pages)
-    else:
-        frames.assert_shared(own_pages)
-
-
-def keep_only(capability: int) -> None:
-    """Become an ordinary user with one capability."""
-    libc = ctypes.CDLL(None, use_errno=True)
-    libc.prctl(8, 1, 0, 0, 0)  # PR_SET_KEEPCAPS
-    os.setresuid(1001, 1001, 1001)
-    header = (ctypes.c_uint32 * 2)(0x20080522, 0)  # _LINUX_CAPABILITY_VERSION_3
-    mask = 1 << capability
-    sets = (ctypes.c_uint32 * 6)(mask, mask, 0, 0, 0, 0)
-    if libc.capset(header, sets):
-        os._exit(251)

@@ -11,11 +11,14 @@ import pytest
 
 from tests.kernel import frames
 from tests.kernel.actor import MADV_PAGEOUT, Region, Stage
-from tests.kernel.sharing import merge_all, pairs, wait_until, write_privately
-from tests.kernel.wire import Client, Result, State
+from tests.kernel.contract import Result, State
+from tests.kernel.sharing import flat, merge_all, pairs, wait_until, write_privately
+from tests.kernel.wire import Client
 
 PAGES, SEED = 16, 100
 SWAP_BYTES = 32 << 20
+# Slots that are free, or reserved, in per-CPU caches, and count as used: 128 on each of 2 CPUs.
+SLOT_CACHES_KIB = 2 * 128 * 4
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +55,7 @@ def test_swapped_pages_are_left_there(stage: Stage, client: Client) -> None:
     assert client.merge(*pairs(bob, alice)) == [[Result.ALONE, Result.NOPAGE2]] * PAGES
     assert frames.swapped(alice.actor.pid, alice.address, PAGES).all()
     alice.verify()
-    merge_all(client, alice, bob)
+    merge_soon(client, alice, bob)
     write_privately(alice, 0, bob)
 
 
@@ -68,7 +71,7 @@ def test_pages_in_the_swap_cache(stage: Stage, client: Client) -> None:
     assert all(frames.has_flag(page.frame, frames.KPF_SWAPCACHE) for page in alice)
     assert all(frames.map_count(page.frame) == 2 for page in alice)
     assert set(client.records(alice)["state"].tolist()) == {State.ANON}
-    assert client.merge(*pairs(bob, alice, child)) == [[Result.SUCCESS] * 3] * PAGES
+    merge_soon(client, bob, alice, child)
     for group in pairs(alice, bob, child):
         frames.assert_shared(group)
     for region in (alice, bob, child):
@@ -94,18 +97,27 @@ def test_merged_pages_are_not_swapped(stage: Stage, client: Client) -> None:
 def test_slots_are_given_back(stage: Stage, client: Client) -> None:
     """A merge of pages in the swap cache frees their slots; nothing is left on swap."""
     before = swap_used_kib()
-    regions = [stage.start().region(500, SEED) for _ in range(2)]
+    regions = [stage.start().region(1500, SEED) for _ in range(2)]
     for region in regions:
         page_out(region)
-    assert swap_used_kib() >= before + 2 * 500 * 4
+    assert swap_used_kib() >= before + 2 * 1500 * 4 - SLOT_CACHES_KIB
     for region in regions:
         region.verify()
-    client.merge(*pairs(*regions))
-    assert (regions[0].frames == regions[1].frames).all()
+    merge_soon(client, *regions)
     for region in regions:
         region.verify()
-        region.actor.exit()
-    wait_until(lambda: swap_used_kib() <= before, "all slots are free")
+    assert swap_used_kib() <= before + SLOT_CACHES_KIB
+
+
+def merge_soon(client: Client, *regions: Region) -> None:
+    """Merge pages that the kernel has just written out: it may hold on to them for a moment."""
+
+    def merged() -> bool:
+        results = flat(client.merge(*pairs(*regions)))
+        assert set(results) <= {Result.SUCCESS, Result.ALREADYSH, Result.ALONE, Result.PINNED}
+        return all((region.frames == regions[0].frames).all() for region in regions)
+
+    wait_until(merged, "the pages are merged")
 
 
 def swap_used_kib() -> int:

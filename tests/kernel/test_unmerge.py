@@ -14,8 +14,9 @@ import pytest
 
 from tests.kernel import frames
 from tests.kernel.actor import MADV_DONTNEED, PAGE_BYTES, PROT_READ, PROT_WRITE, Region, Stage
+from tests.kernel.contract import MAX_CANDIDATES, MAX_UNMERGE_PAGES, Result
 from tests.kernel.sharing import flat, merge_all, pairs, write_privately
-from tests.kernel.wire import MAX_CANDIDATES, MAX_UNMERGE_PAGES, Client, Refused, Result
+from tests.kernel.wire import Client, Refused
 
 PAGES, SEED = 600, 70
 # So many that no frame gets more mappings than it may have.

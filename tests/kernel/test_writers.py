@@ -2,7 +2,7 @@
 """Merging under the feet of threads that write, read, map and fork at random.
 
 On two processors: one or two run writers, the other the merge. What each word must be is kept in
-a shadow copy (actor_threads.h); a lost write, a stale read, a byte leaked into a neighbour, all
+a shadow copy (actor_writers.h); a lost write, a stale read, a byte leaked into a neighbour, all
 show there. Duration: MERGEMEM_WRITERS_SECONDS, 60 by default, most of it for the writers.
 """
 
@@ -17,8 +17,9 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 
 from tests.kernel.actor import Page, Region, Stage
+from tests.kernel.contract import MAX_CANDIDATES, Result, State
 from tests.kernel.sharing import flat
-from tests.kernel.wire import MAX_CANDIDATES, Client, Result, State
+from tests.kernel.wire import Client
 
 SECONDS = float(os.environ.get("MERGEMEM_WRITERS_SECONDS", "60"))
 PAGES = 768

@@ -12,17 +12,24 @@ import socket
 import struct
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from enum import IntEnum
-from pathlib import Path
 from types import TracebackType
 from typing import Self
 
 import numpy as np
-import numpy.typing as npt
 
 from tests.kernel.actor import Page, ProcessKey, Region
-
-HEADER = Path(__file__).parents[2] / "kmod" / "uapi" / "mergemem.h"
+from tests.kernel.contract import (
+    CANDIDATE,
+    DEPTH_FULL_BYTES,
+    PROCESS,
+    PROCESS_UNDUMPABLE,
+    RECORD,
+    Attribute,
+    Command,
+    Records,
+    Result,
+    struct_text,
+)
 
 # From linux/netlink.h and linux/genetlink.h; the socket module has only a few of them.
 NETLINK_GENERIC = 16
@@ -34,83 +41,6 @@ GENL_ID_CTRL, CTRL_CMD_GETFAMILY, CTRL_ATTR_FAMILY_ID, CTRL_ATTR_FAMILY_NAME = 1
 RECEIVE_BYTES = 64 << 10
 # A reply that has not come by then never comes.
 REPLY_SECONDS = 120
-
-
-class Command(IntEnum):
-    """enum mergemem_command."""
-
-    INFO = 1
-    CHECKSUM = 2
-    MERGE = 3
-    UNMERGE = 4
-
-
-class Attribute(IntEnum):
-    """enum mergemem_attribute."""
-
-    PAD = 1
-    CONTRACT_VERSION = 2
-    MODULE_VERSION = 3
-    FEATURES = 4
-    LIMITS = 5
-    COUNTERS = 6
-    TOTALS = 7
-    PROCESSES = 8
-    ADDRESS = 9
-    PAGES = 10
-    DEPTH = 11
-    RECORDS = 12
-    REFUSED = 13
-    CANDIDATES = 14
-    RESULTS = 15
-    UNMERGED = 16
-    NEXT = 17
-
-
-class State(IntEnum):
-    """enum mergemem_state."""
-
-    ABSENT = 0
-    SWAPPED = 1
-    ZERO_PAGE = 2
-    ANON = 3
-    ZERO = 4
-    MERGED = 5
-    HUGE = 6
-    PINNED = 7
-    REFUSED = 8
-
-
-class Result(IntEnum):
-    """enum mergemem_result."""
-
-    SUCCESS = 0
-    NOTASK1 = 1
-    NOTASK2 = 2
-    NOPAGE1 = 3
-    NOPAGE2 = 4
-    ALREADYSH = 5
-    MOREMAP = 6
-    NOTEQUAL = 7
-    BUSY = 8
-    PINNED = 9
-    REFUSED = 10
-    DOMAIN = 11
-    NOMEM = 12
-    HUGE = 13
-    ALONE = 14
-
-
-FEATURE_CROSS_UID = 1
-PROCESS_UNDUMPABLE = 1
-MAX_PROCESSES, MAX_CANDIDATES = 1024, 4000
-MAX_UNMERGE_PAGES = 16384
-DEPTH_FULL_BYTES = 4096
-
-PROCESS = struct.Struct("=IIQ")
-CANDIDATE = struct.Struct("=QII")
-RECORD = np.dtype([("checksum", "u8"), ("map_count", "u4"), ("state", "u2"), ("reserved", "u2")])
-Records = npt.NDArray[np.void]
 
 
 class Refused(OSError):
@@ -234,8 +164,8 @@ class Client(Socket):
         (reply,) = self.request(Command.INFO, b"")
         limits = struct.unpack("=IIIIQ", reply[Attribute.LIMITS])
         counters = struct.unpack("=22Q", reply[Attribute.COUNTERS])
-        limit_names = re.findall(r"__u\d+ (\w+);", _struct("limits"))
-        counter_names = re.findall(r"__u64 (\w+);", _struct("counters"))
+        limit_names = re.findall(r"__u\d+ (\w+);", struct_text("limits"))
+        counter_names = re.findall(r"__u64 (\w+);", struct_text("counters"))
         return Info(
             struct.unpack("=I", reply[Attribute.CONTRACT_VERSION])[0],
             reply[Attribute.MODULE_VERSION].rstrip(b"\0").decode(),
@@ -312,21 +242,6 @@ def candidates_payload(
     return attribute(Attribute.PROCESSES, processes(keys, flags)) + attribute(
         Attribute.CANDIDATES, packed
     )
-
-
-def header_enum(name: str) -> dict[str, int]:
-    """An enum of the header: its names without the prefix, and their numbers."""
-    text = re.sub(r"/\*.*?\*/", "", HEADER.read_text(), flags=re.DOTALL)
-    found = re.search(rf"enum mergemem_{name} {{(.*?)}};", text, re.DOTALL)
-    assert found, f"no enum mergemem_{name} in {HEADER}"
-    names = [line.strip().split(" ")[0] for line in found[1].split(",") if line.strip()]
-    return {name.removeprefix("MERGEMEM_"): number for number, name in enumerate(names)}
-
-
-def _struct(name: str) -> str:
-    found = re.search(rf"struct mergemem_{name} {{(.*?)}};", HEADER.read_text(), re.DOTALL)
-    assert found, f"no struct mergemem_{name} in {HEADER}"
-    return found[1]
 
 
 def _range(process: ProcessKey, address: int, pages: int, flags: int) -> bytes:
