@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from tests.kernel import frames
-from tests.kernel.accounting import free_pages
+from tests.kernel.accounting import settled_free_pages
 from tests.kernel.actor import Stage
 from tests.kernel.contract import Attribute, Command, Result, State
 from tests.kernel.module import Module
@@ -106,18 +106,18 @@ def test_memory_comes_back(stage: Stage, client: Client) -> None:
     for actor in actors:
         actor.ask("munmap", actor.region(pages, SEED).address, pages)
     rss = [(actor.status("RssAnon"), actor.status("RssFile")) for actor in actors]
-    before = free_pages()
+    before = settled_free_pages()
     regions = [actor.region(pages, SEED) for actor in actors]
-    assert abs(before - free_pages() - 4 * pages) < SLACK_PAGES
+    assert abs(before - settled_free_pages() - 4 * pages) < SLACK_PAGES
     for start in range(0, pages, 1000):
         results = client.merge(*pairs(*regions)[start : start + 1000])
         assert results == [[Result.SUCCESS] * 4] * 1000
-    assert abs(before - free_pages() - pages) < SLACK_PAGES
+    assert abs(before - settled_free_pages() - pages) < SLACK_PAGES
     assert client.info().shared_mappings == 4 * pages
     for region in regions:
         region.verify()
         region.actor.ask("munmap", region.address, pages)
-    assert abs(before - free_pages()) < SLACK_PAGES
+    assert abs(before - settled_free_pages()) < SLACK_PAGES
     assert client.info().shared_pages == 0
     # Counters of a process are exact once it has passed through the kernel a few times.
     for actor, (anonymous, file) in zip(actors, rss, strict=True):
@@ -129,7 +129,7 @@ def test_memory_comes_back(stage: Stage, client: Client) -> None:
 
 def test_no_frame_leaks_over_many_rounds(stage: Stage, client: Client) -> None:
     """Merge, write, unmerge, exit, many times: 32,000 pages pass through, and none stays."""
-    before = free_pages()
+    before = settled_free_pages()
     for _ in range(8):
         regions = [stage.start().region(1000, SEED, period=500) for _ in range(2)]
         groups = [[r[n + at] for r in regions for at in (0, 500)] for n in range(500)]
@@ -140,7 +140,7 @@ def test_no_frame_leaks_over_many_rounds(stage: Stage, client: Client) -> None:
         for region in regions:
             region.verify()
             region.actor.exit()
-    assert abs(before - free_pages()) < SLACK_PAGES
+    assert abs(before - settled_free_pages()) < SLACK_PAGES
 
 
 def start_client(payload: bytes, requests: int = 1) -> int:
