@@ -1,4 +1,4 @@
-# SPDX-License-Identifier: Apache-2.0
+# SPDX-License-Identifier: MIT
 """The stages together, on real processes, with a model of the kernel module's contract.
 
 The model keeps one page table per process, in the first region of it: contents, frames and map
