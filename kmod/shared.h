@@ -12,8 +12,8 @@ static_assert(PAGE_SIZE == MERGEMEM_DEPTH_FULL_BYTES);
 /*
  * A process could have all its memory on one frame and fork: each fork adds as
  * many references, and fork does not check for overflow. With 4096 mappings that
- * takes 2^31 / 2^12 forks, more than there are pids by default; the limit costs
- * 1/4096 of the saving.
+ * takes 2^31 / 2^12 = 524,288 processes that live at once, which limits on pids
+ * prevent and memory rarely allows; the limit costs 1/4096 of the saving.
  */
 #define MERGEMEM_MAX_MAPPINGS_DEFAULT	4096
 #define MERGEMEM_SHARED_BYTES_DEFAULT	ULONG_MAX	/* half of the memory */
