@@ -66,14 +66,37 @@ u8 mergemem_no_page(struct merge_request *request, const struct merge_page *page
 }
 
 /*
+ * Whether pages of this kind are merged: UNDECIDED, or the reason why not. The
+ * caller holds the lock of an entry that maps the page.
+ */
+u8 mergemem_judge(struct page *page)
+{
+	struct folio *folio;
+
+	if (is_zone_device_page(page) || PageHWPoison(page))
+		return MERGEMEM_REFUSED;
+	if (mergemem_page_is_shared(page))
+		return UNDECIDED;
+	folio = page_folio(page);
+	if (!folio_test_anon(folio) || folio_test_ksm(folio))
+		return MERGEMEM_REFUSED;
+	if (folio_test_large(folio))
+		return MERGEMEM_HUGE;
+	return UNDECIDED;
+}
+
+/*
  * The page behind a page-table entry, if its kind may be merged: returns
- * UNDECIDED, or the reason why not. Caller holds the PTL.
+ * UNDECIDED, or the reason why not. For HUGE, too, there is a page. Caller holds
+ * the PTL.
  */
 u8 mergemem_look(struct merge_request *request, const struct merge_run *run,
 	       const struct merge_page *page, pte_t entry, struct page **found)
 {
-	struct folio *folio;
-
+	/* Splitting a huge page may have done it already (6.12). */
+	if (pte_present(entry) && is_zero_pfn(pte_pfn(entry)) &&
+	    group_of(request, page)->is_zero)
+		return page->is_huge ? MERGEMEM_ZEROED : MERGEMEM_ALREADYSH;
 	if (!pte_present(entry) || pte_special(entry))
 		return mergemem_no_page(request, page);
 	if (!vma_is_accessible(run->vma))
@@ -83,16 +106,7 @@ u8 mergemem_look(struct merge_request *request, const struct merge_run *run,
 	*found = kernel_call(vm_normal_page)(run->vma, page->address, entry);
 	if (!*found)
 		return mergemem_no_page(request, page);
-	if (is_zone_device_page(*found) || PageHWPoison(*found))
-		return MERGEMEM_REFUSED;
-	if (mergemem_page_is_shared(*found))
-		return UNDECIDED;
-	folio = page_folio(*found);
-	if (!folio_test_anon(folio) || folio_test_ksm(folio))
-		return MERGEMEM_REFUSED;
-	if (folio_test_large(folio))
-		return MERGEMEM_HUGE;
-	return UNDECIDED;
+	return mergemem_judge(*found);
 }
 
 static void notify_start(struct mmu_notifier_range *range,
@@ -163,15 +177,53 @@ static bool only_mapped(struct folio *folio, bool *locked)
 	return false;
 }
 
+/*
+ * What memcmp() does, in half of its instructions: it tests every word, to say
+ * which byte is the greater one. Most of a merge is spent here.
+ */
+static bool equal_words(const u64 *a, const u64 *b)
+{
+	const u64 *end = a + PAGE_SIZE / sizeof(*a);
+	unsigned int i;
+
+	for (; a < end; a += 16, b += 16) {
+		u64 difference = 0;
+
+#pragma GCC unroll 16
+		for (i = 0; i < 16; i++)
+			difference |= a[i] ^ b[i];
+		if (difference)
+			return false;
+	}
+	return true;
+}
+
 static bool equal_bytes(struct page *a, struct page *b)
 {
 	void *bytes_a = kmap_local_page(a);
 	void *bytes_b = kmap_local_page(b);
-	bool equal = !memcmp(bytes_a, bytes_b, PAGE_SIZE);
+	bool equal = equal_words(bytes_a, bytes_b);
 
 	kunmap_local(bytes_b);
 	kunmap_local(bytes_a);
 	return equal;
+}
+
+static bool zero_bytes(struct page *page)
+{
+	void *bytes = kmap_local_page(page);
+	bool zero = !memchr_inv(bytes, 0, PAGE_SIZE);
+
+	kunmap_local(bytes);
+	return zero;
+}
+
+/* Whether a page may go: its bytes are those that will be in its place. */
+bool mergemem_has_target_bytes(const struct merge_group *group,
+			       struct page *page)
+{
+	return group->is_zero ? zero_bytes(page) :
+				equal_bytes(page, group->target);
 }
 
 /*
@@ -186,15 +238,36 @@ static bool may_share(struct folio *folio, struct page *page)
 	       !compat_try_share_anon_rmap(folio, page);
 }
 
-/* The entry for the target: read-only and clean, all else as it was. */
-static pte_t target_entry(struct vm_area_struct *vma, struct page *target,
-			  pte_t old)
+/*
+ * The new entry: read-only and clean, all else as it was. That of the zero page
+ * is special, as after a read fault in untouched memory: no reference, no rmap.
+ */
+static pte_t target_entry(struct vm_area_struct *vma, unsigned long address,
+			  const struct merge_group *group, pte_t old)
 {
-	pte_t entry = pte_wrprotect(mk_pte(target, vma->vm_page_prot));
+	pte_t entry;
 
-	/* Merging changes no byte: whoever tracks writes shall see none. */
+	if (group->is_zero)
+		entry = pte_mkspecial(pfn_pte(page_to_pfn(ZERO_PAGE(address)),
+					      vma->vm_page_prot));
+	else
+		entry = mk_pte(group->target, vma->vm_page_prot);
+	entry = pte_wrprotect(entry);
+	/* Merging is no access: whoever tracks accesses shall see none. */
 	if (pte_soft_dirty(old))
 		entry = pte_mksoft_dirty(entry);
+	if (!pte_young(old))
+		entry = pte_mkold(entry);
+	/*
+	 * With DEBUG_VM, khugepaged asserts in its second look at a page table
+	 * that what was anonymous in its first one still is, and a merge may
+	 * come between. It gives up before that at an entry of userfaultfd's
+	 * write protection, which means nothing to others in a mapping without
+	 * userfaultfd. Without DEBUG_VM it gives up at a page that is not on the
+	 * LRU.
+	 */
+	if (IS_ENABLED(CONFIG_DEBUG_VM) && !group->is_zero)
+		entry = compat_pte_mkuffd_wp(entry);
 	return entry;
 }
 
@@ -206,64 +279,90 @@ static pte_t target_entry(struct vm_area_struct *vma, struct page *target,
  */
 static void install(const struct merge_run *run, unsigned long address,
 		    pte_t *pte, pte_t old_entry, struct page *old,
-		    struct page *target)
+		    const struct merge_group *group)
 {
 	struct vm_area_struct *vma = run->vma;
-	bool was_anon = PageAnon(old);
 
-	get_page(target);
-	compat_add_file_rmap(target, vma);
-	set_pte_at(vma->vm_mm, address, pte,
-		   target_entry(vma, target, old_entry));
-	compat_remove_rmap(old, vma);
-	if (was_anon) {
-		compat_add_mm_counter(vma->vm_mm, MM_ANONPAGES, -1);
-		compat_add_mm_counter(vma->vm_mm, MM_FILEPAGES, 1);
+	if (!group->is_zero) {
+		get_page(group->target);
+		compat_add_file_rmap(group->target, vma);
 	}
+	set_pte_at(vma->vm_mm, address, pte,
+		   target_entry(vma, address, group, old_entry));
+	compat_remove_rmap(old, vma);
+}
+
+/* Zero pages are counted apart: what they free was no duplicate. */
+static u8 success_of(const struct merge_group *group)
+{
+	return group->is_zero ? MERGEMEM_ZEROED : MERGEMEM_SUCCESS;
 }
 
 static u8 attach_anon(const struct merge_run *run, unsigned long address,
 		      pte_t *pte, pte_t entry, struct page *old,
-		      struct page *target)
+		      const struct merge_group *group)
 {
 	struct folio *folio = page_folio(old);
-	u8 result = MERGEMEM_SUCCESS;
+	u8 result = success_of(group);
 	bool locked;
 
 	if (!only_mapped(folio, &locked))
 		return MERGEMEM_PINNED;
-	if (!equal_bytes(old, target))
+	if (!mergemem_has_target_bytes(group, old))
 		result = MERGEMEM_NOTEQUAL;
 	else if (!may_share(folio, old))
 		result = MERGEMEM_PINNED;
 	else
-		install(run, address, pte, entry, old, target);
+		install(run, address, pte, entry, old, group);
 
-	if (locked) {
-		/* The last mapping is gone: let the swap slot go with it. */
-		if (result == MERGEMEM_SUCCESS && !folio_mapped(folio))
+	/* When that was the last mapping, what the page still has goes too. */
+	if (result == success_of(group) && !folio_mapped(folio)) {
+		if (locked)
 			kernel_call(folio_free_swap)(folio);
-		folio_unlock(folio);
+		else if (!group->is_zero)
+			mergemem_shared_take_charge(group->target, old);
 	}
+	if (locked)
+		folio_unlock(folio);
 	return result;
 }
 
 static u8 attach_page(const struct merge_run *run, unsigned long address,
 		      pte_t *pte, pte_t entry, struct page *old,
-		      struct page *target)
+		      const struct merge_group *group)
 {
-	if (mergemem_is_full(target))
+	if (!group->is_zero && PageHWPoison(group->target))
+		return MERGEMEM_REFUSED;
+	if (!group->is_zero && mergemem_is_full(group->target))
 		return MERGEMEM_MOREMAP;
 	if (!mergemem_page_is_shared(old))
-		return attach_anon(run, address, pte, entry, old, target);
+		return attach_anon(run, address, pte, entry, old, group);
 	/*
 	 * From one shared page to another. Nobody writes to a shared page, so
 	 * references to it do not matter.
 	 */
-	if (!equal_bytes(old, target))
+	if (!mergemem_has_target_bytes(group, old))
 		return MERGEMEM_NOTEQUAL;
-	install(run, address, pte, entry, old, target);
-	return MERGEMEM_SUCCESS;
+	install(run, address, pte, entry, old, group);
+	return success_of(group);
+}
+
+/* What the entry alone tells of a page at its turn; see mergemem_look(). */
+static u8 look_again(struct merge_request *request, const struct merge_run *run,
+		     const struct merge_page *page, pte_t entry,
+		     struct page **found)
+{
+	const struct merge_group *group = group_of(request, page);
+	u8 result = mergemem_look(request, run, page, entry, found);
+
+	if (result != UNDECIDED)
+		return result;
+	if (!group->is_zero && *found == group->target)
+		return MERGEMEM_ALREADYSH;
+	/* It may have been migrated since the survey. */
+	if (group->node != NUMA_NO_NODE && group->node != page_to_nid(*found))
+		return MERGEMEM_NODE;
+	return UNDECIDED;
 }
 
 /* Step 1. Returns whether there is anything to flush. */
@@ -281,11 +380,8 @@ static bool clear_entries(struct merge_request *request,
 				      PAGE_SHIFT);
 
 		batch->old[i] = NULL;
-		*result = mergemem_look(request, run, page, ptep_get(pte),
-			       &batch->old[i]);
-		if (*result == UNDECIDED &&
-		    batch->old[i] == group_of(request, page)->target)
-			*result = MERGEMEM_ALREADYSH;
+		*result = look_again(request, run, page, ptep_get(pte),
+				     &batch->old[i]);
 		if (*result != UNDECIDED) {
 			batch->old[i] = NULL;
 			continue;
@@ -302,6 +398,8 @@ static void settle_entries(struct merge_request *request,
 			   const struct merge_run *run, pte_t *first)
 {
 	struct merge_batch *batch = request->batch;
+	struct mm_struct *mm = run->vma->vm_mm;
+	long anon_pages = 0, file_pages = 0;
 	unsigned int i;
 
 	for (i = 0; i < run->count; i++) {
@@ -313,14 +411,22 @@ static void settle_entries(struct merge_request *request,
 		if (!batch->old[i])
 			continue;
 		*result = attach_page(run, page->address, pte, batch->entry[i],
-				      batch->old[i],
-				      group_of(request, page)->target);
-		if (*result == MERGEMEM_SUCCESS)
-			batch->replaced[batch->replaced_count++] = batch->old[i];
+				      batch->old[i], group_of(request, page));
+		if (*result != success_of(group_of(request, page))) {
+			set_pte_at(mm, page->address, pte, batch->entry[i]);
+			continue;
+		}
+		if (PageAnon(batch->old[i]))
+			anon_pages--;
 		else
-			set_pte_at(run->vma->vm_mm, page->address, pte,
-				   batch->entry[i]);
+			file_pages--;
+		if (!group_of(request, page)->is_zero)
+			file_pages++;
+		batch->replaced[batch->replaced_count++] = batch->old[i];
 	}
+	/* Still under the PTL, so that nobody sees fewer pages than there are. */
+	compat_add_mm_counter(mm, MM_FILEPAGES, file_pages);
+	compat_add_mm_counter(mm, MM_ANONPAGES, anon_pages);
 }
 
 void mergemem_attach_run(struct merge_request *request,

@@ -28,33 +28,47 @@ struct merge_page {
 	u32 group;
 	u32 index;		/* of the candidate in the request */
 	bool is_donor;
+	bool is_huge;		/* part of a large folio, in the survey */
+	bool matches;		/* had its target's bytes when last compared */
 };
 
 /**
  * struct merge_group - pages that are believed to be equal
+ *
+ * The last group of a request has the pages that are believed to be zero. It
+ * has nothing but a verdict: the kernel's zero page is its target.
+ *
  * @target: the shared page they will map, with a reference; or NULL
  * @donor: the anonymous page to copy, with a reference, until @target exists
  * @frame: the first frame that was seen, to tell whether there is another;
  *	only compared, never followed, so it needs no reference
  * @uid: real user of the first process found; the others must have it too
+ * @node: NUMA node to share within, or NUMA_NO_NODE: not known yet, or any
  * @viable: pages that passed the survey
- * @unequal: pages that differed from @target
+ * @left_over: pages that differed from @target, or were on another node
  * @first: the group's first candidate in the order of the request
  * @verdict: result of the pages that passed the survey; UNDECIDED: attach them
  * @has_uid: @uid is set
  * @has_two_frames: there is something to gain
+ * @has_huge: pages of large folios are among them
+ * @matched: another page than the donor has the bytes of @target
+ * @is_zero: the group of the zero page
  */
 struct merge_group {
 	struct page *target;
 	struct page *donor;
 	struct page *frame;
 	kuid_t uid;
+	int node;
 	u32 viable;
-	u32 unequal;
+	u32 left_over;
 	u32 first;
 	u8 verdict;
 	bool has_uid;
 	bool has_two_frames;
+	bool has_huge;
+	bool matched;
+	bool is_zero;
 };
 
 struct merge_batch {
@@ -68,11 +82,12 @@ struct merge_request {
 	const struct mergemem_merge_call *call;
 	struct mergemem_target *targets;
 	struct merge_page *pages;
-	struct merge_group *groups;
+	struct merge_group *groups;	/* one more than candidates: zero */
 	struct merge_batch *batch;
 	u8 *results;
 	unsigned int patience;
 	bool needs_lru_drain;
+	bool has_huge;
 };
 
 /* A part of a request: pages of one process in one page table and mapping. */
@@ -95,9 +110,12 @@ static inline u8 *result_of(struct merge_request *request,
 }
 
 u8 mergemem_no_page(struct merge_request *request, const struct merge_page *page);
+u8 mergemem_judge(struct page *page);
 u8 mergemem_look(struct merge_request *request, const struct merge_run *run,
 		 const struct merge_page *page, pte_t entry,
 		 struct page **found);
+bool mergemem_has_target_bytes(const struct merge_group *group,
+			       struct page *page);
 void mergemem_attach_run(struct merge_request *request,
 			 const struct merge_run *run);
 

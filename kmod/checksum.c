@@ -9,6 +9,11 @@
  * might tell of its seed or of the page stays behind SipHash. Both secrets are
  * drawn at load.
  *
+ * A sample of some cache lines is hashed by a sum of its words, each times a
+ * secret odd number of its own (multiply-add hashing, Dietzfelbinger 1996): a
+ * difference in one word always shows, and a few lines are not worth the start
+ * and the end of xxh64. SipHash stands behind it as well.
+ *
  * Somebody who can shape the content of pages may make different pages collide
  * in xxh64. That costs a comparison, and the comparison decides.
  *
@@ -29,12 +34,14 @@
 #include "target.h"
 
 #define LINES_PER_PAGE		(PAGE_SIZE / MERGEMEM_DEPTH_STEP_BYTES)
+#define WORDS_PER_LINE		(MERGEMEM_DEPTH_STEP_BYTES / sizeof(u64))
 #define BYTES_PER_LOCK		(128 * 1024)
 
 static struct {
 	u64 seed;
 	siphash_key_t key;
 	u8 order[LINES_PER_PAGE];	/* in which cache lines are sampled */
+	u64 weights[LINES_PER_PAGE][WORDS_PER_LINE];	/* odd; in that order */
 } secret __ro_after_init;
 
 /**
@@ -49,6 +56,10 @@ void __init mergemem_checksum_init(void)
 
 	get_random_bytes(&secret.seed, sizeof(secret.seed));
 	get_random_bytes(&secret.key, sizeof(secret.key));
+	get_random_bytes(secret.weights, sizeof(secret.weights));
+	for (i = 0; i < LINES_PER_PAGE; i++)
+		for (other = 0; other < WORDS_PER_LINE; other++)
+			secret.weights[i][other] |= 1;
 	for (i = 0; i < LINES_PER_PAGE; i++)
 		secret.order[i] = i;
 	for (i = LINES_PER_PAGE - 1; i; i--) {
@@ -59,15 +70,19 @@ void __init mergemem_checksum_init(void)
 
 static u64 sample(const void *bytes, unsigned int depth_bytes)
 {
-	struct xxh64_state state;
-	unsigned int i;
+	u64 sum = secret.seed + depth_bytes;
+	unsigned int i, word;
 
-	xxh64_reset(&state, secret.seed);
-	for (i = 0; i < depth_bytes / MERGEMEM_DEPTH_STEP_BYTES; i++)
-		xxh64_update(&state,
-			     bytes + secret.order[i] * MERGEMEM_DEPTH_STEP_BYTES,
-			     MERGEMEM_DEPTH_STEP_BYTES);
-	return xxh64_digest(&state);
+	for (i = 0; i < depth_bytes / MERGEMEM_DEPTH_STEP_BYTES; i++) {
+		const u64 *line = bytes + secret.order[i] *
+						  MERGEMEM_DEPTH_STEP_BYTES;
+		const u64 *weights = secret.weights[i];
+
+#pragma GCC unroll 8
+		for (word = 0; word < WORDS_PER_LINE; word++)
+			sum += line[word] * weights[word];
+	}
+	return sum;
 }
 
 static u64 checksum(const void *bytes, unsigned int depth_bytes)
@@ -78,7 +93,7 @@ static u64 checksum(const void *bytes, unsigned int depth_bytes)
 		hash = xxh64(bytes, PAGE_SIZE, secret.seed);
 	else
 		hash = sample(bytes, depth_bytes);
-	return siphash_2u64(hash, depth_bytes, &secret.key);
+	return siphash_1u64(hash, &secret.key);
 }
 
 static bool zero_filled(const u64 *words)
@@ -93,8 +108,9 @@ static void record_bytes(struct page *page, unsigned int depth_bytes,
 	void *bytes = kmap_local_page(page);
 
 	record->checksum = checksum(bytes, depth_bytes);
-	if (record->state == MERGEMEM_STATE_ANON && depth_bytes == PAGE_SIZE &&
-	    zero_filled(bytes))
+	if ((record->state == MERGEMEM_STATE_ANON ||
+	     record->state == MERGEMEM_STATE_HUGE) &&
+	    depth_bytes == PAGE_SIZE && zero_filled(bytes))
 		record->state = MERGEMEM_STATE_ZERO;
 	kunmap_local(bytes);
 }
@@ -124,6 +140,7 @@ static void record_page(struct page *page, unsigned int depth_bytes,
 	if (record->state == MERGEMEM_STATE_REFUSED)
 		return;
 	record->map_count = compat_map_count(page);
+	record->order = folio_order(page_folio(page));
 	record_bytes(page, depth_bytes, record);
 }
 
@@ -170,20 +187,15 @@ static void fill_from_huge(struct mm_struct *mm, unsigned long address,
 			   unsigned int pages, unsigned int depth_bytes,
 			   struct mergemem_record *records)
 {
-	pmd_t *pmd = kernel_call(mm_find_pmd)(mm, address);
 	spinlock_t *ptl;
+	struct page *page = mergemem_huge_lock(mm, address, &ptl);
 	unsigned int i;
 
-	if (!pmd)
+	if (!page)
 		return;
-	ptl = pmd_lock(mm, pmd);
-	for (i = 0; i < pages && pmd_present(*pmd) && pmd_trans_huge(*pmd);
-	     i++) {
-		struct page *page = pmd_page(*pmd) +
-				    pte_index(address + i * PAGE_SIZE);
-
-		if (PageAnon(page))
-			record_page(page, depth_bytes, &records[i]);
+	for (i = 0; i < pages; i++) {
+		if (PageAnon(page + i))
+			record_page(page + i, depth_bytes, &records[i]);
 		else
 			records[i].state = MERGEMEM_STATE_ZERO_PAGE;
 	}

@@ -17,12 +17,14 @@ struct mergemem_counted {
 	atomic64_t unmerged_pages;
 	atomic64_t tlb_flushes;
 	atomic64_t lru_drains;
-	atomic64_t results[16];
+	atomic64_t results[32];
+	atomic64_t split_folios;
+	atomic64_t split_failures;
 };
 
 static_assert(sizeof(struct mergemem_counted) ==
 	      sizeof(struct mergemem_counters));
-static_assert(__MERGEMEM_RESULT_COUNT <= 16);
+static_assert(__MERGEMEM_RESULT_COUNT <= 32);
 
 extern struct mergemem_counted mergemem_counted;
 

@@ -10,6 +10,7 @@
  *   netlink.c   the contract (uapi/mergemem.h), and calls to
  *     target.c    processes and page tables
  *     merge.c     MERGE: groups, passes
+ *     huge.c      MERGE: splitting huge pages
  *     attach.c    MERGE: the page-table change
  *     unmerge.c   UNMERGE
  */
@@ -31,7 +32,7 @@ MODULE_PARM_DESC(max_mappings,
 		 "mappings that one shared page may have (default: 4096)");
 module_param_named(max_shared_bytes, mergemem_max_shared_bytes, ulong, 0644);
 MODULE_PARM_DESC(max_shared_bytes,
-		 "bytes of shared pages, which cannot be swapped and are charged to no cgroup; 0: no limit (default: half of the memory)");
+		 "bytes of shared pages, which cannot be swapped; 0: no limit (default: half of the memory)");
 
 static int __init mergemem_init(void)
 {
@@ -64,5 +65,5 @@ module_init(mergemem_init);
 module_exit(mergemem_exit);
 
 MODULE_DESCRIPTION("Merge equal anonymous pages of running processes");
-MODULE_VERSION("0.1.0");
+MODULE_VERSION("0.2.0");
 MODULE_LICENSE("GPL");

@@ -14,15 +14,21 @@
  *            page, or a fresh shared page with the donor's bytes (shared.c).
  *            No lock is held.
  *
+ *   match, weigh, split
+ *            Only where the request lets huge pages be split: count how many
+ *            pages of each have the bytes of their targets, and split it if
+ *            these are enough (huge.c).
+ *
  *   attach   Map the target in the place of every page of its group that still
  *            has the same bytes. The donor may have changed since it was copied,
  *            so it is compared like the rest; but it comes last, and only if
  *            another page has come, since nothing is gained by a page that
  *            shares with nobody. attach.c tells how.
  *
- * Pages that turned out to differ from their group's target may still be equal to
- * each other: one bad donor must not fail its neighbours. Where two or more are
- * left, they make another round, up to MAX_ROUNDS.
+ * Pages that turned out to differ from their group's target, or to be on another
+ * NUMA node, may still be equal to each other: one bad donor must not fail its
+ * neighbours. Where two or more are left, they make another round, up to
+ * MAX_ROUNDS.
  */
 #include <linux/sched/signal.h>
 #include <linux/slab.h>
@@ -30,6 +36,7 @@
 
 #include "attach.h"
 #include "counters.h"
+#include "huge.h"
 #include "merge.h"
 #include "shared.h"
 #include "symbols.h"
@@ -52,6 +59,14 @@ static u8 survey_page(struct merge_request *request, struct merge_page *page,
 	struct merge_group *group = group_of(request, page);
 	bool is_shared = mergemem_page_is_shared(found);
 
+	if (group->is_zero)
+		return UNDECIDED;
+	if (!(request->call->flags & MERGEMEM_MERGE_ANY_NODE)) {
+		if (group->node == NUMA_NO_NODE)
+			group->node = page_to_nid(found);
+		if (group->node != page_to_nid(found))
+			return MERGEMEM_NODE;
+	}
 	/* A full one stays what it is; the others make a new one. */
 	if (is_shared && mergemem_is_full(found))
 		return MERGEMEM_ALREADYSH;
@@ -73,13 +88,64 @@ static u8 survey_page(struct merge_request *request, struct merge_page *page,
 		group->donor = found;
 		page->is_donor = true;
 	}
-	/*
-	 * A page that was just faulted in waits in a per-CPU list, which holds
-	 * a reference, before it gets to the LRU.
-	 */
-	if (!PageLRU(found))
-		request->needs_lru_drain = true;
 	return UNDECIDED;
+}
+
+/*
+ * A page that was just faulted in, or read back from swap, waits in a list of
+ * its CPU, which holds a reference that would be taken for I/O. Real I/O mostly
+ * pins pages, and such references no drain will end.
+ */
+static bool waits_for_drain(struct folio *folio)
+{
+	return !folio_test_large(folio) && folio_test_anon(folio) &&
+	       folio_ref_count(folio) > mergemem_map_count(&folio->page) +
+						folio_test_swapcache(folio) &&
+	       !folio_maybe_dma_pinned(folio);
+}
+
+/* Counts a page in, if its kind may be merged. Its entry is locked. */
+static u8 survey_found(struct merge_request *request, struct merge_page *page,
+		       struct page *found, u8 verdict)
+{
+	if (verdict == MERGEMEM_HUGE && request->call->split_percent) {
+		page->is_huge = true;
+		group_of(request, page)->has_huge = true;
+		request->has_huge = true;
+	} else if (verdict != UNDECIDED) {
+		return verdict;
+	}
+	/* Before a donor gets a reference of ours. */
+	if (waits_for_drain(page_folio(found)))
+		request->needs_lru_drain = true;
+	return survey_page(request, page, found);
+}
+
+static void survey_huge(struct merge_request *request,
+			const struct merge_run *run)
+{
+	unsigned long start = run->pages[0].address;
+	spinlock_t *ptl;
+	struct page *first = mergemem_huge_lock(run->vma->vm_mm, start, &ptl);
+	unsigned int i;
+
+	for (i = 0; i < run->count; i++) {
+		struct merge_page *page = &run->pages[i];
+		u8 *result = result_of(request, page);
+		struct page *found;
+
+		found = first + ((page->address - start) >> PAGE_SHIFT);
+		/* Nothing there, or the huge zero page. */
+		if (!first || !PageAnon(found))
+			*result = mergemem_no_page(request, page);
+		else if (!vma_is_accessible(run->vma))
+			*result = MERGEMEM_REFUSED;
+		else
+			*result = survey_found(request, page, found,
+					       mergemem_judge(found));
+	}
+	if (first)
+		spin_unlock(ptl);
 }
 
 static void survey_run(struct merge_request *request,
@@ -90,47 +156,83 @@ static void survey_run(struct merge_request *request,
 	pte_t *pte = mergemem_pte_lock(run->vma->vm_mm, start, &ptl);
 	unsigned int i;
 
+	if (!pte) {
+		survey_huge(request, run);
+		return;
+	}
 	for (i = 0; i < run->count; i++) {
 		struct merge_page *page = &run->pages[i];
 		u8 *result = result_of(request, page);
 		struct page *found;
 
-		if (!pte) {
-			*result = mergemem_huge_at(run->vma->vm_mm, start) ?
-					  MERGEMEM_HUGE : mergemem_no_page(request, page);
-			continue;
-		}
 		*result = mergemem_look(request, run, page,
 			       ptep_get(pte + ((page->address - start) >>
 					       PAGE_SHIFT)),
 			       &found);
-		if (*result == UNDECIDED)
-			*result = survey_page(request, page, found);
+		if (*result == UNDECIDED || *result == MERGEMEM_HUGE)
+			*result = survey_found(request, page, found, *result);
 	}
-	if (pte)
-		pte_unmap_unlock(pte, ptl);
+	pte_unmap_unlock(pte, ptl);
 }
 
 /* ---- prepare ---- */
 
 /* The result of a whole group, or UNDECIDED when it has a target now. */
-static u8 prepare_group(struct merge_group *group)
+static u8 prepare_group(struct merge_group *group, u32 flags)
 {
-	if (!group->viable)
+	if (group->is_zero || !group->viable)
 		return UNDECIDED;
 	if (group->viable == 1)
 		return MERGEMEM_ALONE;
 	if (!group->has_two_frames)
 		return MERGEMEM_ALREADYSH;
 	if (!group->target)
-		group->target = mergemem_shared_create(group->donor);
+		group->target = mergemem_shared_create(group->donor,
+						       flags & MERGEMEM_MERGE_ANY_NODE);
 	return group->target ? UNDECIDED : MERGEMEM_NOMEM;
 }
 
 /* A merged page to join has been shared before: nobody need come first. */
 static bool shares_with_nobody(const struct merge_group *group)
 {
-	return !mergemem_map_count(group->target);
+	return !group->is_zero && !mergemem_map_count(group->target);
+}
+
+/* Finds the groups that have something to merge besides the donor. */
+static void find_matched(struct merge_request *request)
+{
+	unsigned int count = request->call->candidate_count;
+	unsigned int i;
+
+	for (i = 0; i < count; i++)
+		group_of(request, &request->pages[i])->matched = false;
+	for (i = 0; i < count; i++) {
+		const struct merge_page *page = &request->pages[i];
+
+		if (page->matches && *result_of(request, page) == UNDECIDED)
+			group_of(request, page)->matched = true;
+	}
+}
+
+/* Huge pages that stay whole have left their groups: who is alone now? */
+static void dismiss_lonely(struct merge_request *request)
+{
+	unsigned int count = request->call->candidate_count;
+	unsigned int i;
+
+	for (i = 0; i < count; i++)
+		group_of(request, &request->pages[i])->viable = 0;
+	for (i = 0; i < count; i++)
+		if (*result_of(request, &request->pages[i]) == UNDECIDED)
+			group_of(request, &request->pages[i])->viable++;
+	for (i = 0; i < count; i++) {
+		struct merge_group *group = group_of(request, &request->pages[i]);
+		u8 *result = result_of(request, &request->pages[i]);
+
+		if (*result == UNDECIDED && group->viable == 1 &&
+		    shares_with_nobody(group))
+			*result = MERGEMEM_ALONE;
+	}
 }
 
 static void prepare(struct merge_request *request)
@@ -146,7 +248,7 @@ static void prepare(struct merge_request *request)
 		/* Once per group: at its first candidate. */
 		if (page->index != group->first)
 			continue;
-		group->verdict = prepare_group(group);
+		group->verdict = prepare_group(group, request->call->flags);
 		/* This reference would make attaching believe in I/O. */
 		if (group->donor)
 			put_page(group->donor);
@@ -167,20 +269,69 @@ static void prepare(struct merge_request *request)
 
 /* ---- passes ---- */
 
+enum pass {
+	SURVEY,
+	MATCH,
+	WEIGH,
+	SPLIT,
+	ATTACH,
+	ATTACH_DONORS,
+};
+
+/*
+ * What a pass does with a run, of how many pages at most; and whether runs have
+ * all pages of a page table, or only those whose turn it is.
+ */
+static const struct {
+	void (*act)(struct merge_request *request, const struct merge_run *run);
+	unsigned int run_pages;
+	bool takes_all;
+} passes[] = {
+	[SURVEY] = { survey_run, PTRS_PER_PTE },
+	[MATCH] = { mergemem_match_run, PTRS_PER_PTE },
+	[WEIGH] = { mergemem_weigh_run, MERGEMEM_MAX_CANDIDATES, true },
+	[SPLIT] = { mergemem_split_run, MERGEMEM_MAX_CANDIDATES, true },
+	[ATTACH] = { mergemem_attach_run, BATCH_PAGES },
+	[ATTACH_DONORS] = { mergemem_attach_run, BATCH_PAGES },
+};
+
+/* Whether it is this page's turn. Donors are attached after all others. */
+static bool is_due(struct merge_request *request, const struct merge_page *page,
+		   enum pass pass)
+{
+	const struct merge_group *group = group_of(request, page);
+
+	if (*result_of(request, page) != UNDECIDED)
+		return false;
+	switch (pass) {
+	case MATCH:
+		/* A donor that was copied would match itself. */
+		return group->has_huge &&
+		       !(page->is_donor && shares_with_nobody(group));
+	case WEIGH:
+	case SPLIT:
+		return page->is_huge;
+	default:
+		return page->is_donor == (pass == ATTACH_DONORS);
+	}
+}
+
 /*
  * How many pages from here make one run: same process, same page table, same
  * mapping, and no address twice. (An address that is named twice comes first in
  * the next run, and then finds a merged page.)
  */
 static unsigned int run_length(const struct merge_page *pages,
-			       unsigned int available, unsigned long end)
+			       unsigned int available, unsigned long end,
+			       bool any_address)
 {
 	unsigned long stop = min(end, (pages[0].address | ~PMD_MASK) + 1);
 	unsigned int count = 1;
 
 	while (count < available && pages[count].process == pages[0].process &&
 	       pages[count].address < stop &&
-	       pages[count].address != pages[count - 1].address)
+	       (any_address ||
+		pages[count].address != pages[count - 1].address))
 		count++;
 	return count;
 }
@@ -192,8 +343,7 @@ static unsigned int run_length(const struct merge_page *pages,
  */
 static unsigned int do_run(struct merge_request *request,
 			   struct merge_page *pages, unsigned int available,
-			   void (*act)(struct merge_request *request,
-				       const struct merge_run *run))
+			   enum pass pass)
 {
 	struct mergemem_target *target = &request->targets[pages[0].process];
 	struct merge_run run = { .pages = pages, .count = 1 };
@@ -212,41 +362,34 @@ static unsigned int do_run(struct merge_request *request,
 	} else if (!mergemem_vma_mergeable(run.vma)) {
 		*result_of(request, pages) = MERGEMEM_REFUSED;
 	} else {
-		run.count = run_length(pages, available, run.vma->vm_end);
-		act(request, &run);
+		run.count = run_length(pages, available, run.vma->vm_end,
+				       passes[pass].takes_all);
+		passes[pass].act(request, &run);
 	}
 	mergemem_mm_unlock(mm);
 	cond_resched();
 	return run.count;
 }
 
-/* Whether it is this page's turn. Donors have theirs after all others. */
-static bool is_due(struct merge_request *request, const struct merge_page *page,
-		   bool donors)
-{
-	return *result_of(request, page) == UNDECIDED &&
-	       page->is_donor == donors;
-}
 
 /* Goes over the pages that are due, in the largest runs that they make. */
-static void do_pass(struct merge_request *request, bool donors,
-		    void (*act)(struct merge_request *request,
-				const struct merge_run *run))
+static void do_pass(struct merge_request *request, enum pass pass)
 {
 	struct merge_page *page = request->pages;
 	struct merge_page *end = page + request->call->candidate_count;
 	struct merge_page *stop;
 
 	while (page < end) {
-		if (!is_due(request, page, donors)) {
+		if (!is_due(request, page, pass)) {
 			page++;
 			continue;
 		}
-		for (stop = page + 1; stop < min(end, page + BATCH_PAGES);
-		     stop++)
-			if (!is_due(request, stop, donors))
+		for (stop = page + 1;
+		     stop < min(end, page + passes[pass].run_pages); stop++)
+			if (!passes[pass].takes_all &&
+			    !is_due(request, stop, pass))
 				break;
-		page += do_run(request, page, stop - page, act);
+		page += do_run(request, page, stop - page, pass);
 	}
 }
 
@@ -258,7 +401,7 @@ static void dismiss_donors(struct merge_request *request)
 	for (i = 0; i < request->call->candidate_count; i++) {
 		struct merge_page *page = &request->pages[i];
 
-		if (is_due(request, page, true) &&
+		if (is_due(request, page, ATTACH_DONORS) &&
 		    shares_with_nobody(group_of(request, page)))
 			*result_of(request, page) = MERGEMEM_ALONE;
 	}
@@ -266,15 +409,33 @@ static void dismiss_donors(struct merge_request *request)
 
 static void do_round(struct merge_request *request)
 {
-	do_pass(request, false, survey_run);
+	do_pass(request, SURVEY);
 	prepare(request);
-	do_pass(request, false, mergemem_attach_run);
+	if (request->has_huge) {
+		do_pass(request, MATCH);
+		find_matched(request);
+		do_pass(request, WEIGH);
+		find_matched(request);
+		do_pass(request, SPLIT);
+		dismiss_lonely(request);
+	}
+	do_pass(request, ATTACH);
 	dismiss_donors(request);
-	do_pass(request, true, mergemem_attach_run);
+	do_pass(request, ATTACH_DONORS);
+}
+
+/* Whether a page did not fit its group's target, but may fit another. */
+static bool is_left_over(struct merge_request *request,
+			 const struct merge_page *page)
+{
+	u8 result = *result_of(request, page);
+
+	return !group_of(request, page)->is_zero &&
+	       (result == MERGEMEM_NOTEQUAL || result == MERGEMEM_NODE);
 }
 
 /*
- * Makes those pages of each group undecided again that differed from its target,
+ * Makes those pages of each group undecided again that did not fit its target,
  * if they are two or more. Returns whether there are any.
  */
 static bool regroup(struct merge_request *request)
@@ -285,28 +446,32 @@ static bool regroup(struct merge_request *request)
 
 	for (i = 0; i < count; i++) {
 		group_of(request, &request->pages[i])->viable = 0;
-		group_of(request, &request->pages[i])->unequal = 0;
+		group_of(request, &request->pages[i])->left_over = 0;
 	}
 	for (i = 0; i < count; i++)
-		if (*result_of(request, &request->pages[i]) == MERGEMEM_NOTEQUAL)
-			group_of(request, &request->pages[i])->unequal++;
+		if (is_left_over(request, &request->pages[i]))
+			group_of(request, &request->pages[i])->left_over++;
 	for (i = 0; i < count; i++) {
 		struct merge_page *page = &request->pages[i];
 		struct merge_group *group = group_of(request, page);
 
-		if (*result_of(request, page) != MERGEMEM_NOTEQUAL ||
-		    group->unequal < 2)
+		if (!is_left_over(request, page) || group->left_over < 2)
 			continue;
 		if (group->target)
 			put_page(group->target);
 		group->target = NULL;
 		group->frame = NULL;
+		group->node = NUMA_NO_NODE;
 		group->has_two_frames = false;
+		group->has_huge = false;
 		page->is_donor = false;
+		page->is_huge = false;
+		page->matches = false;
 		*result_of(request, page) = UNDECIDED;
 		again = true;
 	}
 	request->needs_lru_drain = false;
+	request->has_huge = false;
 	return again;
 }
 
@@ -325,11 +490,15 @@ static int by_process_and_address(const void *a, const void *b)
 /* Finds each group's first candidate, its user, and the pages to refuse. */
 static void admit(struct merge_request *request, const int *errors)
 {
+	unsigned int count = request->call->candidate_count;
 	unsigned int i;
 
-	for (i = 0; i < request->call->candidate_count; i++)
-		group_of(request, &request->pages[i])->first = U32_MAX;
-	for (i = 0; i < request->call->candidate_count; i++) {
+	for (i = 0; i <= count; i++) {
+		request->groups[i].first = U32_MAX;
+		request->groups[i].node = NUMA_NO_NODE;
+	}
+	request->groups[count].is_zero = true;
+	for (i = 0; i < count; i++) {
 		struct merge_page *page = &request->pages[i];
 		struct mergemem_target *target = &request->targets[page->process];
 		struct merge_group *group = group_of(request, page);
@@ -344,6 +513,8 @@ static void admit(struct merge_request *request, const int *errors)
 		} else if (errors[page->process]) {
 			*result = group->first == i ? MERGEMEM_NOTASK1 :
 						      MERGEMEM_NOTASK2;
+		} else if (group->is_zero) {
+			continue;	/* nobody's content: no domain */
 		} else if (!group->has_uid) {
 			group->uid = target->uid;
 			group->has_uid = true;
@@ -354,9 +525,23 @@ static void admit(struct merge_request *request, const int *errors)
 	}
 }
 
+/* A client that asks in this order saves the sorting, a fifth of a merge. */
+static void sort_pages(struct merge_page *pages, unsigned int count)
+{
+	unsigned int i;
+
+	for (i = 1; i < count; i++)
+		if (by_process_and_address(&pages[i - 1], &pages[i]) > 0)
+			break;
+	if (i < count)
+		sort(pages, count, sizeof(*pages), by_process_and_address, NULL);
+}
+
 static int request_init(struct merge_request *request,
 			const struct mergemem_merge_call *call, u8 *results)
 {
+	/* How much is wanted is up to the client, who is told if it fails. */
+	const gfp_t gfp = GFP_KERNEL | __GFP_NOWARN;
 	unsigned int count = call->candidate_count;
 	int *errors;
 	unsigned int i;
@@ -368,11 +553,11 @@ static int request_init(struct merge_request *request,
 	};
 	memset(results, UNDECIDED, count);
 	request->targets = kvcalloc(call->process_count,
-				    sizeof(*request->targets), GFP_KERNEL);
-	request->pages = kvcalloc(count, sizeof(*request->pages), GFP_KERNEL);
-	request->groups = kvcalloc(count, sizeof(*request->groups), GFP_KERNEL);
-	request->batch = kvzalloc(sizeof(*request->batch), GFP_KERNEL);
-	errors = kvcalloc(call->process_count, sizeof(*errors), GFP_KERNEL);
+				    sizeof(*request->targets), gfp);
+	request->pages = kvcalloc(count, sizeof(*request->pages), gfp);
+	request->groups = kvcalloc(count + 1, sizeof(*request->groups), gfp);
+	request->batch = kvzalloc(sizeof(*request->batch), gfp);
+	errors = kvcalloc(call->process_count, sizeof(*errors), gfp);
 	if (!request->targets || !request->pages || !request->groups ||
 	    !request->batch || !errors) {
 		kvfree(errors);
@@ -382,7 +567,7 @@ static int request_init(struct merge_request *request,
 		request->pages[i] = (struct merge_page){
 			.address = call->candidates[i].address,
 			.process = call->candidates[i].process,
-			.group = call->candidates[i].group,
+			.group = min(call->candidates[i].group, count),
 			.index = i,
 		};
 	for (i = 0; i < call->process_count; i++) {
@@ -393,8 +578,7 @@ static int request_init(struct merge_request *request,
 	}
 	admit(request, errors);
 	kvfree(errors);
-	sort(request->pages, count, sizeof(*request->pages),
-	     by_process_and_address, NULL);
+	sort_pages(request->pages, count);
 	return 0;
 }
 
@@ -403,7 +587,7 @@ static void request_exit(struct merge_request *request)
 	unsigned int i;
 
 	if (request->groups)
-		for (i = 0; i < request->call->candidate_count; i++)
+		for (i = 0; i <= request->call->candidate_count; i++)
 			if (request->groups[i].target)
 				put_page(request->groups[i].target);
 	if (request->targets)

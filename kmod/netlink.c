@@ -44,10 +44,11 @@ static struct netlink_range_validation candidates_bytes = {
 	.max = sizeof(struct mergemem_candidate) * MERGEMEM_MAX_CANDIDATES,
 };
 
-static const struct nla_policy range_policy[MERGEMEM_A_MAX + 1] = {
+static const struct nla_policy unmerge_policy[MERGEMEM_A_MAX + 1] = {
 	[MERGEMEM_A_PROCESSES] = ARRAY_MAX(struct mergemem_process, 1),
 	[MERGEMEM_A_ADDRESS] = { .type = NLA_U64 },
 	[MERGEMEM_A_PAGES] = U64_MIN(1),
+	[MERGEMEM_A_COUNT_ONLY] = { .type = NLA_FLAG },
 };
 
 static const struct nla_policy checksum_policy[MERGEMEM_A_MAX + 1] = {
@@ -63,6 +64,8 @@ static const struct nla_policy merge_policy[MERGEMEM_A_MAX + 1] = {
 					   MERGEMEM_MAX_PROCESSES),
 	[MERGEMEM_A_CANDIDATES] = NLA_POLICY_FULL_RANGE(NLA_BINARY,
 							&candidates_bytes),
+	[MERGEMEM_A_FLAGS] = NLA_POLICY_MASK(NLA_U32, MERGEMEM_MERGE_FLAGS_ALL),
+	[MERGEMEM_A_SPLIT_PERCENT] = NLA_POLICY_RANGE(NLA_U32, 1, 100),
 };
 
 /* Asks for the opener of the socket and for whoever sends through it. */
@@ -198,6 +201,17 @@ static void collect_counters(struct mergemem_counters *counters)
 		to[i] = atomic64_read(&from[i]);
 }
 
+static u64 features(void)
+{
+	u64 features = 0;
+
+	if (mergemem_allow_cross_uid)
+		features |= MERGEMEM_FEATURE_CROSS_UID;
+	if (IS_ENABLED(CONFIG_TRANSPARENT_HUGEPAGE))
+		features |= MERGEMEM_FEATURE_SPLIT;
+	return features;
+}
+
 static int info_doit(struct sk_buff *skb, struct genl_info *info)
 {
 	const struct mergemem_limits limits = {
@@ -225,9 +239,7 @@ static int info_doit(struct sk_buff *skb, struct genl_info *info)
 			MERGEMEM_CONTRACT_VERSION) ||
 	    nla_put_string(reply, MERGEMEM_A_MODULE_VERSION,
 			   THIS_MODULE->version) ||
-	    nla_put_u64_64bit(reply, MERGEMEM_A_FEATURES,
-			      mergemem_allow_cross_uid ?
-				      MERGEMEM_FEATURE_CROSS_UID : 0,
+	    nla_put_u64_64bit(reply, MERGEMEM_A_FEATURES, features(),
 			      MERGEMEM_A_PAD) ||
 	    nla_put(reply, MERGEMEM_A_LIMITS, sizeof(limits), &limits) ||
 	    nla_put(reply, MERGEMEM_A_COUNTERS, sizeof(counters), &counters) ||
@@ -391,6 +403,11 @@ static int checksum_dumpit(struct sk_buff *skb, struct netlink_callback *cb)
 
 /* ---- MERGE ---- */
 
+static u32 optional_u32(const struct nlattr *attr)
+{
+	return attr ? nla_get_u32(attr) : 0;
+}
+
 static int parse_merge(struct nlattr **attrs, struct netlink_ext_ack *extack,
 		       struct mergemem_merge_call *call)
 {
@@ -410,6 +427,8 @@ static int parse_merge(struct nlattr **attrs, struct netlink_ext_ack *extack,
 	}
 	call->candidates = nla_data(attr);
 	call->candidate_count = nla_len(attr) / sizeof(*call->candidates);
+	call->flags = optional_u32(attrs[MERGEMEM_A_FLAGS]);
+	call->split_percent = optional_u32(attrs[MERGEMEM_A_SPLIT_PERCENT]);
 	for (i = 0; i < call->candidate_count; i++) {
 		const struct mergemem_candidate *candidate = &call->candidates[i];
 
@@ -424,7 +443,8 @@ static int parse_merge(struct nlattr **attrs, struct netlink_ext_ack *extack,
 					    "a candidate's process is not in PROCESSES");
 			return -EINVAL;
 		}
-		if (candidate->group >= call->candidate_count) {
+		if (candidate->group >= call->candidate_count &&
+		    candidate->group != MERGEMEM_GROUP_ZERO) {
 			NL_SET_ERR_MSG_ATTR(extack, attr,
 					    "a candidate's group number is not below the number of candidates");
 			return -EINVAL;
@@ -488,7 +508,8 @@ static int unmerge_doit(struct sk_buff *skb, struct genl_info *info)
 	err = get_target(&target, &range.process, info->extack);
 	if (err)
 		goto no_reply;
-	err = mergemem_unmerge(target.mm, range.start, range.end, &unmerged,
+	err = mergemem_unmerge(target.mm, range.start, range.end,
+			       info->attrs[MERGEMEM_A_COUNT_ONLY], &unmerged,
 			       &next, &why);
 	mergemem_target_put(&target);
 	if (err) {
@@ -527,7 +548,7 @@ static const struct genl_ops operations[] = {
 	},
 	{
 		.cmd = MERGEMEM_CMD_UNMERGE,
-		.policy = range_policy,
+		.policy = unmerge_policy,
 		.maxattr = MERGEMEM_A_MAX,
 		.doit = unmerge_doit,
 	},

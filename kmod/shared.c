@@ -23,6 +23,7 @@
 #include <linux/vmalloc.h>
 
 #include "shared.h"
+#include "symbols.h"
 
 unsigned int mergemem_max_mappings = MERGEMEM_MAX_MAPPINGS_DEFAULT;
 unsigned long mergemem_max_shared_bytes = MERGEMEM_SHARED_BYTES_DEFAULT;
@@ -76,6 +77,7 @@ void mergemem_shared_reclaim_room(void)
  * @donor: an anonymous page, with a reference; nobody stops its owner from
  *	writing while it is copied. That is harmless: every page that shall map
  *	the new one is compared with it first, the donor's own too.
+ * @any_node: take a page of another NUMA node where the donor's has none
  *
  * The page is allocated from unmovable memory, away from what compaction wants
  * to move, and without trying so hard that somebody would get killed for it.
@@ -84,14 +86,17 @@ void mergemem_shared_reclaim_room(void)
  * freed then unless somebody maps it. NULL when there is no memory, or no room
  * below max_shared_bytes.
  */
-struct page *mergemem_shared_create(struct page *donor)
+struct page *mergemem_shared_create(struct page *donor, bool any_node)
 {
+	gfp_t gfp = GFP_KERNEL | __GFP_NORETRY | __GFP_NOWARN;
 	struct page *page;
 	unsigned long pfn;
 
 	if (limit_reached())
 		return NULL;
-	page = alloc_page(GFP_KERNEL | __GFP_NORETRY | __GFP_NOWARN);
+	if (!any_node)
+		gfp |= __GFP_THISNODE;
+	page = alloc_pages_node(page_to_nid(donor), gfp, 0);
 	if (!page)
 		return NULL;
 	pfn = page_to_pfn(page);
@@ -106,6 +111,52 @@ struct page *mergemem_shared_create(struct page *donor)
 	set_page_private(page, MERGEMEM_MARK ^ pfn);
 	frame_set(pfn);
 	return page;
+}
+
+/**
+ * mergemem_shared_take_charge - let a shared page be charged for another page
+ * @shared: a shared page that the caller has just mapped: the page-table lock
+ *	keeps its map count above zero
+ * @old: the anonymous page whose place it took: no longer mapped, not in the
+ *	swap cache, with no references but those of mappings that have gone
+ *
+ * The first page that is freed in favour of a shared page hands its memory
+ * cgroup's charge over instead of giving it back. Nothing is charged anew: no
+ * limit can be hit, nobody gets killed, and the usage of a cgroup only falls.
+ * The word that is moved stands for the charge and for the reference on the
+ * cgroup that goes with it; freeing the shared page drops both, as for any page.
+ *
+ * The LRU list that a page is on follows from its charge, so @old leaves its
+ * list first. Whoever isolates it (reclaim, compaction) clears PG_lru, and only
+ * one can: then it is not ours, and keeps its charge. Afterwards nobody has a
+ * reason to look at it. What isolation leaves set must not be seen when the page
+ * is freed.
+ *
+ * The other party is a request that attaches a page to the same @shared under
+ * another lock: cmpxchg() lets one charge in, the loser's goes with its page.
+ */
+void mergemem_shared_take_charge(struct page *shared, struct page *old)
+{
+#ifdef CONFIG_MEMCG
+	struct folio *from = page_folio(old), *to = page_folio(shared);
+	unsigned long charge = READ_ONCE(from->memcg_data);
+
+	if (!charge || READ_ONCE(to->memcg_data) ||
+	    !compat_folio_isolate_lru(from))
+		return;
+	folio_clear_active(from);
+	folio_clear_unevictable(from);
+	if (!cmpxchg(&to->memcg_data, 0, charge)) {
+		from->memcg_data = 0;
+		/*
+		 * It was counted as mapped when it belonged to nobody, and will
+		 * be uncounted as the cgroup's.
+		 */
+		mod_lruvec_page_state(shared, NR_FILE_MAPPED, 1);
+		mod_node_page_state(folio_pgdat(to), NR_FILE_MAPPED, -1);
+	}
+	folio_put(from);	/* the reference of its isolation */
+#endif
 }
 
 /*
@@ -192,8 +243,9 @@ int mergemem_shared_init(void)
 	if (mergemem_max_shared_bytes == MERGEMEM_SHARED_BYTES_DEFAULT)
 		mergemem_max_shared_bytes = (totalram_pages() / 2) << PAGE_SHIFT;
 	shared_frames_bits = end_of_memory_pfn();
-	shared_frames = vzalloc(BITS_TO_LONGS(shared_frames_bits) *
-				sizeof(long));
+	shared_frames = __vmalloc(BITS_TO_LONGS(shared_frames_bits) *
+				  sizeof(long),
+				  GFP_KERNEL | __GFP_ZERO | __GFP_NOWARN);
 	if (!shared_frames)
 		return -ENOMEM;
 	recognise();

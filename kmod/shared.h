@@ -58,7 +58,8 @@ static inline bool mergemem_page_is_shared(struct page *page)
 int mergemem_shared_init(void);
 void mergemem_shared_exit(void);
 
-struct page *mergemem_shared_create(struct page *donor);
+struct page *mergemem_shared_create(struct page *donor, bool any_node);
+void mergemem_shared_take_charge(struct page *shared, struct page *old);
 void mergemem_shared_reclaim_room(void);
 void mergemem_shared_totals(struct mergemem_totals *totals);
 

@@ -40,6 +40,7 @@ void flush_tlb_mm_range(struct mm_struct *mm, unsigned long start,
 	SYMBOL(vm_normal_page)					\
 	SYMBOL(flush_tlb_mm_range)				\
 	SYMBOL(folio_free_swap)					\
+	SYMBOL(folio_isolate_lru)				\
 	SYMBOL(lru_add_drain_all)				\
 	SYMBOL(__mmu_notifier_invalidate_range_start)		\
 	SYMBOL(__mmu_notifier_invalidate_range_end)		\

@@ -19,7 +19,7 @@
 	(VM_SHARED | VM_MAYSHARE | VM_PFNMAP | VM_IO | VM_MIXEDMAP |	\
 	 VM_DONTEXPAND | VM_HUGETLB | VM_LOCKED | VM_DONTDUMP |		\
 	 VM_WIPEONFORK | VM_UFFD_MISSING | VM_UFFD_WP | VM_UFFD_MINOR |	\
-	 VM_SHADOW_STACK | VM_DROPPABLE)
+	 VM_UFFD_RWP | VM_SHADOW_STACK | VM_DROPPABLE)
 
 #define LOCK_PAUSE_US 500
 
@@ -71,7 +71,7 @@ static int look_at_task(struct mergemem_target *target,
 	else if (!kernel_call(ptrace_may_access)(task,
 						 PTRACE_MODE_ATTACH_REALCREDS))
 		*why = "access to the process was denied, as ptrace would be";
-	else if (get_dumpable(target->mm) != SUID_DUMP_USER &&
+	else if (!compat_dumpable_by_owner(task, target->mm) &&
 		 !(flags & MERGEMEM_PROCESS_UNDUMPABLE))
 		*why = "the process is not dumpable; a policy must name it (include_undumpable)";
 	else
@@ -121,13 +121,14 @@ int mergemem_target_get(struct mergemem_target *target,
  * writer, and a process must not stall because somebody wants to save memory.
  * At most one mmap_lock is held at a time, so there is no order to respect.
  *
- * Return: 0, or -EBUSY, or -EINTR
+ * Return: 0, or -EBUSY, or -ECANCELED on a signal: netlink answers a request that
+ * ends with -EINTR with nothing at all
  */
 int mergemem_mm_lock(struct mm_struct *mm, unsigned int *patience)
 {
 	while (!mmap_read_trylock(mm)) {
 		if (signal_pending(current))
-			return -EINTR;
+			return -ECANCELED;
 		if (!*patience)
 			return -EBUSY;
 		--*patience;
@@ -150,7 +151,7 @@ void mergemem_mm_unlock(struct mm_struct *mm)
  */
 bool mergemem_vma_mergeable(struct vm_area_struct *vma)
 {
-	mmap_assert_locked(vma->vm_mm);
+	lockdep_assert_held(&vma->vm_mm->mmap_lock);
 	return vma_is_anonymous(vma) && !(vma->vm_flags & REFUSED_VM_FLAGS);
 }
 
@@ -171,12 +172,28 @@ bool mergemem_table_at(struct mm_struct *mm, unsigned long address,
 	return pmd && pmd_present(READ_ONCE(*pmd));
 }
 
-/* Whether a huge page is mapped here at this moment; a hint for a result code. */
-bool mergemem_huge_at(struct mm_struct *mm, unsigned long address)
+/**
+ * mergemem_huge_lock - lock the one entry that maps a huge page
+ * @mm: whose; the caller holds the mmap_lock
+ * @address: a user address within a mapping
+ * @ptl: receives the lock; release it with spin_unlock()
+ *
+ * Return: the page behind @address, which the lock keeps mapped, or NULL when
+ * no huge page is mapped there. Of the huge zero page it is no anonymous one.
+ */
+struct page *mergemem_huge_lock(struct mm_struct *mm, unsigned long address,
+				spinlock_t **ptl)
 {
 	pmd_t *pmd = kernel_call(mm_find_pmd)(mm, address);
 
-	return pmd && pmd_trans_huge(READ_ONCE(*pmd));
+	lockdep_assert_held(&mm->mmap_lock);
+	if (!pmd)
+		return NULL;
+	*ptl = pmd_lock(mm, pmd);
+	if (pmd_present(*pmd) && pmd_trans_huge(*pmd))
+		return pmd_page(*pmd) + pte_index(address);
+	spin_unlock(*ptl);
+	return NULL;
 }
 
 /**
@@ -198,7 +215,7 @@ pte_t *mergemem_pte_lock(struct mm_struct *mm, unsigned long address,
 	pmd_t *pmd = kernel_call(mm_find_pmd)(mm, address);
 	pmd_t entry;
 
-	mmap_assert_locked(mm);
+	lockdep_assert_held(&mm->mmap_lock);
 	if (!pmd)
 		return NULL;
 	entry = READ_ONCE(*pmd);

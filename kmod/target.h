@@ -37,7 +37,8 @@ void mergemem_mm_unlock(struct mm_struct *mm);
 bool mergemem_vma_mergeable(struct vm_area_struct *vma);
 bool mergemem_table_at(struct mm_struct *mm, unsigned long address,
 		       unsigned long *end);
-bool mergemem_huge_at(struct mm_struct *mm, unsigned long address);
+struct page *mergemem_huge_lock(struct mm_struct *mm, unsigned long address,
+				spinlock_t **ptl);
 pte_t *mergemem_pte_lock(struct mm_struct *mm, unsigned long address,
 			 spinlock_t **ptl);
 

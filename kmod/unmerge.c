@@ -7,9 +7,15 @@
  * page, charges the copy to the owner's cgroup and maps it; here is no
  * page-table change at all. FOLL_FORCE serves mappings that are read-only at
  * the moment, as ptrace does.
+ *
+ * A fault that finds no memory, or a cgroup at its limit, ends in somebody being
+ * killed. So there is a look at both before anything is changed, and again
+ * before each part, with a reserve for what others take meanwhile.
  */
+#include <linux/memcontrol.h>
 #include <linux/mm.h>
 #include <linux/sched/signal.h>
+#include <linux/userfaultfd_k.h>
 
 #include "counters.h"
 #include "shared.h"
@@ -17,18 +23,31 @@
 #include "target.h"
 #include "unmerge.h"
 
-/* Available memory below this is not ours to use up. */
-#define RESERVE_PAGES (SZ_16M >> PAGE_SHIFT)
+/* Memory below this, of the host and of a cgroup, is not ours to use up. */
+#define HOST_RESERVE_PAGES	(SZ_16M >> PAGE_SHIFT)
+#define CGROUP_RESERVE_PAGES	(SZ_1M >> PAGE_SHIFT)
+
+/* Pages of one hold of the mmap_lock: a fault that copies takes some 2 µs. */
+#define PART_PAGES		128
 
 /*
- * A table's worth of pages at a time: bit n is set for the merged ones among
- * the pages from @start to the end of its page table, or to @end.
+ * Some pages of one page table: bit n is set if the page n from @start on, below
+ * @end, is a merged one.
  */
 struct merged_pages {
 	unsigned long start;
 	unsigned long end;
-	DECLARE_BITMAP(merged, PTRS_PER_PTE);
+	DECLARE_BITMAP(merged, PART_PAGES);
 };
+
+/*
+ * A write to a page that somebody protects through userfaultfd waits for him,
+ * and this request waits for nobody: such pages stay merged.
+ */
+static bool write_would_wait(struct vm_area_struct *vma, pte_t entry)
+{
+	return userfaultfd_wp(vma) && compat_pte_uffd_wp(entry);
+}
 
 /* Caller holds the mmap_lock. */
 static void find_merged(struct mm_struct *mm, struct merged_pages *pages)
@@ -38,7 +57,7 @@ static void find_merged(struct mm_struct *mm, struct merged_pages *pages)
 	spinlock_t *ptl;
 	pte_t *pte;
 
-	bitmap_zero(pages->merged, PTRS_PER_PTE);
+	bitmap_zero(pages->merged, PART_PAGES);
 	if (!vma || vma->vm_start >= pages->end)
 		return;
 	pte = mergemem_pte_lock(mm, pages->start, &ptl);
@@ -55,7 +74,8 @@ static void find_merged(struct mm_struct *mm, struct merged_pages *pages)
 		if (!vma)
 			break;
 		if (address < vma->vm_start || !vma_is_anonymous(vma) ||
-		    !pte_present(entry) || pte_special(entry))
+		    !pte_present(entry) || pte_special(entry) ||
+		    write_would_wait(vma, entry))
 			continue;
 		page = kernel_call(vm_normal_page)(vma, address, entry);
 		if (page && mergemem_page_is_shared(page))
@@ -65,8 +85,8 @@ static void find_merged(struct mm_struct *mm, struct merged_pages *pages)
 }
 
 /*
- * The next part of a range: up to the end of a page table, with unmapped space
- * skipped. Returns whether there is one. Caller holds the mmap_lock.
+ * The next part of a range: up to PART_PAGES of a page table, or a hole. Returns
+ * whether there is one. Caller holds the mmap_lock.
  */
 static bool next_part(struct mm_struct *mm, unsigned long start,
 		      unsigned long end, struct merged_pages *pages)
@@ -77,10 +97,13 @@ static bool next_part(struct mm_struct *mm, unsigned long start,
 		return false;
 	pages->start = max(start, vma->vm_start);
 	pages->end = end;
-	if (mergemem_table_at(mm, pages->start, &pages->end))
+	if (mergemem_table_at(mm, pages->start, &pages->end)) {
+		pages->end = min(pages->end,
+				 pages->start + PART_PAGES * PAGE_SIZE);
 		find_merged(mm, pages);
-	else
-		bitmap_zero(pages->merged, PTRS_PER_PTE);
+	} else {
+		bitmap_zero(pages->merged, PART_PAGES);
+	}
 	return true;
 }
 
@@ -99,10 +122,45 @@ static int count_merged(struct mm_struct *mm, unsigned long start,
 		more = next_part(mm, start, end, &pages);
 		mergemem_mm_unlock(mm);
 		if (more)
-			*count += bitmap_weight(pages.merged, PTRS_PER_PTE);
+			*count += bitmap_weight(pages.merged, PART_PAGES);
 		if (signal_pending(current))
-			return -EINTR;
+			return -ECANCELED;
 		cond_resched();
+	}
+	return 0;
+}
+
+/* How many pages the cgroups of a process will let it have more. */
+static unsigned long cgroup_room_pages(struct mm_struct *mm)
+{
+	unsigned long room = ULONG_MAX;
+#ifdef CONFIG_MEMCG
+	struct mem_cgroup *memcg = get_mem_cgroup_from_mm(mm);
+	struct mem_cgroup *level;
+
+	for (level = memcg; level; level = parent_mem_cgroup(level)) {
+		unsigned long max = READ_ONCE(level->memory.max);
+		unsigned long usage = page_counter_read(&level->memory);
+
+		room = min(room, max > usage ? max - usage : 0);
+	}
+	mem_cgroup_put(memcg);
+#endif
+	return room;
+}
+
+static int check_memory(struct mm_struct *mm, unsigned long wanted_pages,
+			const char **why)
+{
+	if (!wanted_pages)
+		return 0;
+	if (si_mem_available() < (long)(wanted_pages + HOST_RESERVE_PAGES)) {
+		*why = "not enough memory is available to unmerge this range; nothing was changed";
+		return -ENOMEM;
+	}
+	if (cgroup_room_pages(mm) < wanted_pages + CGROUP_RESERVE_PAGES) {
+		*why = "the memory limit of the process's cgroup leaves no room to unmerge this range; nothing was changed";
+		return -ENOMEM;
 	}
 	return 0;
 }
@@ -113,12 +171,17 @@ static int count_merged(struct mm_struct *mm, unsigned long start,
  * its owner (poisoned memory) is left merged.
  */
 static int unmerge_part(struct mm_struct *mm, const struct merged_pages *pages,
-			unsigned long *unmerged, unsigned long *next)
+			unsigned long *unmerged, unsigned long *next,
+			const char **why)
 {
 	unsigned long n;
+	long err = check_memory(mm, bitmap_weight(pages->merged, PART_PAGES),
+				why);
 
-	for_each_set_bit(n, pages->merged, PTRS_PER_PTE) {
-		long err;
+	if (err)
+		return err;
+	*why = "there was no memory for a page of its own";
+	for_each_set_bit(n, pages->merged, PART_PAGES) {
 
 		*next = pages->start + n * PAGE_SIZE;
 		if (*unmerged >= MERGEMEM_MAX_UNMERGE_PAGES)
@@ -138,6 +201,7 @@ static int unmerge_part(struct mm_struct *mm, const struct merged_pages *pages,
  * @mm: whose pages
  * @start: the range
  * @end: its end
+ * @count_only: only count the pages
  * @unmerged: receives how many pages were given their own frame
  * @next: receives the address to go on from; @end when all is done
  * @why: set to a sentence for a human on failure
@@ -146,12 +210,13 @@ static int unmerge_part(struct mm_struct *mm, const struct merged_pages *pages,
  * merging may not have enough to undo it.
  *
  * Return: 0, also when stopped early by the limit, by a signal or by want of
- * memory after some pages were done; -ENOMEM, -EBUSY, -EINTR when nothing was
+ * memory after some pages were done; -ENOMEM, -EBUSY, -ECANCELED when nothing was
  * changed
  */
 int mergemem_unmerge(struct mm_struct *mm, unsigned long start,
-		     unsigned long end, unsigned long *unmerged,
-		     unsigned long *next, const char **why)
+		     unsigned long end, bool count_only,
+		     unsigned long *unmerged, unsigned long *next,
+		     const char **why)
 {
 	unsigned int patience = MERGEMEM_PATIENCE;
 	struct merged_pages pages;
@@ -164,23 +229,28 @@ int mergemem_unmerge(struct mm_struct *mm, unsigned long start,
 	err = count_merged(mm, start, end, &patience, &merged);
 	if (err)
 		return err;
-	if (si_mem_available() < (long)(merged + RESERVE_PAGES)) {
-		*why = "not enough memory is available to unmerge this range; nothing was changed";
-		return -ENOMEM;
+	if (count_only) {
+		*unmerged = merged;
+		*next = end;
+		return 0;
 	}
+	err = check_memory(mm, merged, why);
+	if (err)
+		return err;
 
-	while (!err && *next < end && *unmerged < MERGEMEM_MAX_UNMERGE_PAGES &&
-	       !signal_pending(current)) {
+	while (!err && *next < end && *unmerged < MERGEMEM_MAX_UNMERGE_PAGES) {
+		if (signal_pending(current)) {
+			*why = "a signal came; nothing was changed";
+			err = -ECANCELED;
+			break;
+		}
 		err = mergemem_mm_lock(mm, &patience);
 		if (err)
 			break;
-		if (next_part(mm, *next, end, &pages)) {
-			err = unmerge_part(mm, &pages, unmerged, next);
-			if (err)
-				*why = "there was no memory for a page of its own";
-		} else {
+		if (next_part(mm, *next, end, &pages))
+			err = unmerge_part(mm, &pages, unmerged, next, why);
+		else
 			*next = end;
-		}
 		mergemem_mm_unlock(mm);
 		cond_resched();
 	}

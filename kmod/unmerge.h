@@ -5,7 +5,8 @@
 #include <linux/mm_types.h>
 
 int mergemem_unmerge(struct mm_struct *mm, unsigned long start,
-		     unsigned long end, unsigned long *unmerged,
-		     unsigned long *next, const char **why);
+		     unsigned long end, bool count_only,
+		     unsigned long *unmerged, unsigned long *next,
+		     const char **why);
 
 #endif /* MERGEMEM_UNMERGE_H */

@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: GPL-2.0 WITH Linux-syscall-note */
 /*
  * The contract between mergemem.ko and user space: generic netlink family
- * "mergemem", contract version 1.
+ * "mergemem", contract version 2.
  *
  * User space searches, the kernel decides. A client sees checksums, map counts
  * and states of pages, never their bytes nor their frame numbers; it names
@@ -29,8 +29,9 @@
  *   CHECKSUM   dump  PROCESSES (exactly one)      per message: ADDRESS and
  *                    ADDRESS PAGES DEPTH          either RECORDS or REFUSED
  *   MERGE      do    PROCESSES CANDIDATES         RESULTS
+ *                    [FLAGS] [SPLIT_PERCENT]
  *   UNMERGE    do    PROCESSES (exactly one)      UNMERGED NEXT
- *                    ADDRESS PAGES
+ *                    ADDRESS PAGES [COUNT_ONLY]
  */
 #ifndef _UAPI_MERGEMEM_H
 #define _UAPI_MERGEMEM_H
@@ -38,7 +39,7 @@
 #include <linux/types.h>
 
 #define MERGEMEM_FAMILY_NAME		"mergemem"
-#define MERGEMEM_CONTRACT_VERSION	1
+#define MERGEMEM_CONTRACT_VERSION	2
 
 /* Limits of one request; INFO reports them in struct mergemem_limits. */
 #define MERGEMEM_MAX_PROCESSES		1024	/* entries in PROCESSES */
@@ -66,22 +67,33 @@
  *	Errors: -ESRCH no such process (any more), -EACCES access denied or the
  *	process is not dumpable, -EBUSY its mmap_lock could not be had, or it
  *	is in the middle of an exec. All errors of a dump, those of a malformed
- *	request too, may arrive with its NLMSG_DONE. -EINTR: a signal.
+ *	request too, may arrive with its NLMSG_DONE. -ECANCELED: a signal.
  *
  * @MERGEMEM_CMD_MERGE: make the pages of each group share one frame. RESULTS
  *	holds one enum mergemem_result per candidate, in the order of the
- *	request. Candidates of a group need not be next to each other. If one
+ *	request. Candidates of a group need not be next to each other; sorted
+ *	by process and address they are cheapest. If one
  *	page of a group is a merged page already, the others join it. Pages that
- *	differ from the rest of their group are tried among themselves, in up
- *	to three more rounds.
+ *	differ from the rest of their group, or lie on another NUMA node, are
+ *	tried among themselves, in up to three more rounds.
+ *	A candidate of MERGEMEM_GROUP_ZERO belongs to no group: if it is filled
+ *	with zeros, the kernel's zero page takes its place. That reveals
+ *	nothing of anybody else, so it is done whoever owns the page.
+ *	Pages of a huge page or large folio are merged only with SPLIT_PERCENT:
+ *	the folio is split if that share of its pages at least are candidates
+ *	of this request and have the bytes of their groups.
  *
  * @MERGEMEM_CMD_UNMERGE: give the merged pages within PAGES pages from ADDRESS
  *	private frames of their own again. Stops after
  *	MERGEMEM_MAX_UNMERGE_PAGES; NEXT is the address to go on from, or the
  *	end of the range when all is done.
- *	Errors: as CHECKSUM, -EINTR on a signal, and -ENOMEM, before anything was
- *	changed, when the memory that is available would not suffice for the
- *	range. (Limits of the process's cgroup are not looked at.)
+ *	Pages that are write-protected through userfaultfd stay merged.
+ *	With COUNT_ONLY nothing is changed: UNMERGED is the number of merged
+ *	pages in the range. Zero pages stay: they take no frame, hold nobody's
+ *	content, and look like those that reading untouched memory gives.
+ *	Errors: as CHECKSUM, -ECANCELED on a signal, and -ENOMEM, before anything was
+ *	changed, when the memory that is available, or what the limits of the
+ *	process's cgroup leave, would not suffice for the range.
  */
 enum mergemem_command {
 	MERGEMEM_CMD_UNSPEC,
@@ -119,6 +131,9 @@ enum mergemem_command {
  * @MERGEMEM_A_RESULTS: array of u8, enum mergemem_result
  * @MERGEMEM_A_UNMERGED: u64, number of pages that have frames of their own now
  * @MERGEMEM_A_NEXT: u64, user address
+ * @MERGEMEM_A_FLAGS: u32, bits of enum mergemem_merge_flag
+ * @MERGEMEM_A_SPLIT_PERCENT: u32, 1 to 100; without it nothing is split
+ * @MERGEMEM_A_COUNT_ONLY: flag, no content
  */
 enum mergemem_attribute {
 	MERGEMEM_A_UNSPEC,
@@ -139,6 +154,9 @@ enum mergemem_attribute {
 	MERGEMEM_A_RESULTS,
 	MERGEMEM_A_UNMERGED,
 	MERGEMEM_A_NEXT,
+	MERGEMEM_A_FLAGS,
+	MERGEMEM_A_SPLIT_PERCENT,
+	MERGEMEM_A_COUNT_ONLY,
 	__MERGEMEM_A_MAX,
 };
 #define MERGEMEM_A_MAX (__MERGEMEM_A_MAX - 1)
@@ -148,10 +166,25 @@ enum mergemem_attribute {
  *
  * @MERGEMEM_FEATURE_CROSS_UID: loaded with allow_cross_uid=1: processes of
  *	different real users may share pages
+ * @MERGEMEM_FEATURE_SPLIT: SPLIT_PERCENT has an effect: the kernel has
+ *	transparent huge pages
  */
 enum mergemem_feature {
 	MERGEMEM_FEATURE_CROSS_UID = 1 << 0,
+	MERGEMEM_FEATURE_SPLIT = 1 << 1,
 };
+
+/**
+ * enum mergemem_merge_flag - how a MERGE request wants its pages merged
+ *
+ * @MERGEMEM_MERGE_ANY_NODE: pages of different NUMA nodes may share a frame.
+ *	Without it a group's pages share within the node of the first one, in a
+ *	frame of that node, and those of another node among themselves.
+ */
+enum mergemem_merge_flag {
+	MERGEMEM_MERGE_ANY_NODE = 1 << 0,
+};
+#define MERGEMEM_MERGE_FLAGS_ALL	MERGEMEM_MERGE_ANY_NODE
 
 /**
  * enum mergemem_process_flag - permissions that a client gives with a process
@@ -185,13 +218,16 @@ struct mergemem_process {
  * @address: user address, a multiple of the page size
  * @process: index into PROCESSES
  * @group: pages that carry the same number are believed to be equal; numbers
- *	are below the number of candidates
+ *	are below the number of candidates. MERGEMEM_GROUP_ZERO: the page is
+ *	believed to be filled with zeros.
  */
 struct mergemem_candidate {
 	__u64 address;
 	__u32 process;
 	__u32 group;
 };
+
+#define MERGEMEM_GROUP_ZERO		0xffffffffU
 
 /**
  * enum mergemem_state - what CHECKSUM found in the place of a page
@@ -200,11 +236,12 @@ struct mergemem_candidate {
  * @MERGEMEM_STATE_SWAPPED: on swap, or on its way (migrating)
  * @MERGEMEM_STATE_ZERO_PAGE: the kernel's zero page; it takes no frame
  * @MERGEMEM_STATE_ANON: an ordinary anonymous page, with checksum
- * @MERGEMEM_STATE_ZERO: the same, filled with zeros (told at full depth only)
+ * @MERGEMEM_STATE_ZERO: an anonymous page that is filled with zeros (told at
+ *	full depth only), with checksum; of a large folio if the order says so
  * @MERGEMEM_STATE_MERGED: a merged page, with checksum; map_count mappings
  *	share it
  * @MERGEMEM_STATE_HUGE: part of a huge page or large folio, with checksum;
- *	not merged
+ *	merged only where the request lets it be split
  * @MERGEMEM_STATE_PINNED: in use by I/O, with checksum; not merged meanwhile
  * @MERGEMEM_STATE_REFUSED: a page of another kind: KSM's, a file's, a device's
  */
@@ -227,13 +264,13 @@ enum mergemem_state {
  * @checksum: keyed checksum; 0 where the state says there is none
  * @map_count: how many page-table entries map the frame
  * @state: enum mergemem_state
- * @reserved: 0
+ * @order: the page belongs to a folio of 2^order pages; 9 is a huge page
  */
 struct mergemem_record {
 	__u64 checksum;
 	__u32 map_count;
 	__u16 state;
-	__u16 reserved;
+	__u16 order;
 };
 
 /**
@@ -261,8 +298,11 @@ struct mergemem_record {
  * @MERGEMEM_DOMAIN: the process has another real user than its group's first
  * @MERGEMEM_NOMEM: no memory for the shared frame, or max_shared_bytes is
  *	reached
- * @MERGEMEM_HUGE: part of a huge page or large folio
+ * @MERGEMEM_HUGE: part of a huge page or large folio that is not to be split, or
+ *	of which too few pages could be merged, or that could not be split now
  * @MERGEMEM_ALONE: the page is fine, but no other page of its group was
+ * @MERGEMEM_ZEROED: the kernel's zero page has taken the place of the page
+ * @MERGEMEM_NODE: on another NUMA node than its group
  */
 enum mergemem_result {
 	MERGEMEM_SUCCESS,
@@ -280,6 +320,8 @@ enum mergemem_result {
 	MERGEMEM_NOMEM,
 	MERGEMEM_HUGE,
 	MERGEMEM_ALONE,
+	MERGEMEM_ZEROED,
+	MERGEMEM_NODE,
 	__MERGEMEM_RESULT_COUNT,
 };
 
@@ -300,7 +342,9 @@ struct mergemem_counters {
 	__u64 unmerged_pages;		/* pages given back their own frame */
 	__u64 tlb_flushes;		/* TLB flushes, one per page-table batch */
 	__u64 lru_drains;		/* times all CPUs drained their LRU lists */
-	__u64 results[16];		/* candidates by enum mergemem_result */
+	__u64 results[32];		/* candidates by enum mergemem_result */
+	__u64 split_folios;		/* huge pages and large folios split */
+	__u64 split_failures;		/* that should have been, but were in use */
 };
 
 /* What is shared right now, by whichever load of the module. */
