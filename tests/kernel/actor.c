@@ -16,6 +16,9 @@
  *	actor_io.h	I/O that keeps pages in use for as long as a test wants
  *	actor_writers.h	threads that write and read at random
  *	actor_churn.h	threads that change mappings, and one that hogs mmap_lock
+ *	actor_storm.h	threads that do all of that and more, to pages that may be huge or on swap
+ *	actor_events.h	locks, userfaultfd, memory policies
+ *	actor_kvm.h	a virtual machine in the same memory
  */
 #include "actor.h"
 
@@ -27,8 +30,11 @@
 #include <sys/un.h>
 
 #include "actor_churn.h"
+#include "actor_events.h"
 #include "actor_io.h"
+#include "actor_kvm.h"
 #include "actor_memory.h"
+#include "actor_storm.h"
 #include "actor_writers.h"
 
 static const char *channel_name;
@@ -168,6 +174,15 @@ static const struct {
 	{ "stop_churn", do_stop_churn },
 	{ "hog", do_hog },
 	{ "stop_hog", do_stop_hog },
+	/* actor_storm.h */
+	{ "storm", do_storm },
+	{ "storm_so_far", do_storm_so_far },
+	{ "stop_storm", do_stop_storm },
+	/* actor_events.h */
+	EVENT_COMMANDS,
+	/* actor_kvm.h */
+	{ "machine", do_machine },
+	{ "stop_machine", do_stop_machine },
 };
 
 static void obey(char *line)

@@ -46,8 +46,8 @@ static int open_backing(const char *kind, const char *path, size_t length)
 }
 
 /*
- * map PAGES KIND [PATH]: private, never huge; or huge, shared, hugetlb; or private mappings of
- * memfd, or of the file at PATH; answers the address
+ * map PAGES KIND [PATH]: private, never huge; or huge, shared, hugetlb, or default, with nothing
+ * said about its size; or private mappings of memfd, or of the file at PATH; answers the address
  */
 static void do_map(const struct command *command)
 {
@@ -69,7 +69,7 @@ static void do_map(const struct command *command)
 		close(file);
 	if (mapped == MAP_FAILED)
 		return failed("mmap");
-	if (!hugetlb && !backed)
+	if (!hugetlb && !backed && strcmp(kind, "default"))
 		madvise(start, length, strcmp(kind, "huge") ? MADV_NOHUGEPAGE : MADV_HUGEPAGE);
 	answer("ok %lu", (uintptr_t)start);
 }

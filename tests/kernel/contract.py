@@ -46,6 +46,9 @@ class Attribute(IntEnum):
     RESULTS = 15
     UNMERGED = 16
     NEXT = 17
+    FLAGS = 18
+    SPLIT_PERCENT = 19
+    COUNT_ONLY = 20
 
 
 class State(IntEnum):
@@ -80,9 +83,13 @@ class Result(IntEnum):
     NOMEM = 12
     HUGE = 13
     ALONE = 14
+    ZEROED = 15
+    NODE = 16
 
 
-FEATURE_CROSS_UID = 1
+FEATURE_CROSS_UID, FEATURE_SPLIT = 1, 2
+MERGE_ANY_NODE = 1
+GROUP_ZERO = 0xFFFFFFFF
 PROCESS_UNDUMPABLE = 1
 MAX_PROCESSES, MAX_CANDIDATES = 1024, 4000
 MAX_UNMERGE_PAGES = 16384
@@ -90,7 +97,7 @@ DEPTH_FULL_BYTES = 4096
 
 PROCESS = struct.Struct("=IIQ")
 CANDIDATE = struct.Struct("=QII")
-RECORD = np.dtype([("checksum", "u8"), ("map_count", "u4"), ("state", "u2"), ("reserved", "u2")])
+RECORD = np.dtype([("checksum", "u8"), ("map_count", "u4"), ("state", "u2"), ("order", "u2")])
 Records = npt.NDArray[np.void]
 
 

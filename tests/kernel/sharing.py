@@ -75,9 +75,9 @@ class Merged:
         self.bob.verify()
 
 
-def wait_until(condition: Callable[[], bool], what: str) -> None:
+def wait_until(condition: Callable[[], bool], what: str, seconds: float = DEADLINE_SECONDS) -> None:
     """Poll, ever more slowly, until something is so; a failed assertion when it never is."""
-    deadline = time.monotonic() + DEADLINE_SECONDS
+    deadline = time.monotonic() + seconds
     pause_seconds = 0.01
     while not condition():
         assert time.monotonic() < deadline, f"still not so: {what}"

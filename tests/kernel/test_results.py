@@ -191,6 +191,7 @@ def test_odd_ones_come_first(stage: Stage, client: Client, odd_ones: int) -> Non
 
 
 def test_all_codes_are_provoked() -> None:
-    """Here or in test_merge; a new code needs a test."""
+    """Here, in test_merge, test_zero or test_numa; a new code needs a test."""
     in_test_merge = {Result.SUCCESS, Result.ALREADYSH, Result.ALONE, Result.MOREMAP, Result.NOMEM}
-    assert {result for result, _, _ in CASES} | in_test_merge | {Result.BUSY} == set(Result)
+    elsewhere = in_test_merge | {Result.BUSY, Result.ZEROED, Result.NODE}
+    assert {result for result, _, _ in CASES} | elsewhere == set(Result)

@@ -3,22 +3,35 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
+import time
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from tests.kernel import frames
+from tests.kernel import cgroup, frames
 from tests.kernel.actor import MADV_PAGEOUT, Region, Stage
+from tests.kernel.cgroup import Cgroup
 from tests.kernel.contract import Result, State
-from tests.kernel.sharing import flat, merge_all, pairs, wait_until, write_privately
+from tests.kernel.sharing import (
+    DEADLINE_SECONDS,
+    flat,
+    merge_all,
+    pairs,
+    wait_until,
+    write_privately,
+)
+from tests.kernel.test_writers import equal_now, nominate
 from tests.kernel.wire import Client
 
 PAGES, SEED = 16, 100
 SWAP_BYTES = 32 << 20
-# Slots that are free, or reserved, in per-CPU caches, and count as used: 128 on each of 2 CPUs.
-SLOT_CACHES_KIB = 2 * 128 * 4
+# Slots that are free, or reserved, in per-CPU caches, and count as used: 128 on each CPU.
+SLOT_CACHES_KIB = (os.cpu_count() or 1) * 128 * 4
+PRESSURE_SECONDS = 5.0
 
 
 @pytest.fixture(scope="module")
@@ -123,3 +136,70 @@ def merge_soon(client: Client, *regions: Region) -> None:
 def swap_used_kib() -> int:
     """Over all swap devices."""
     return sum(int(line.split()[3]) for line in Path("/proc/swaps").read_text().splitlines()[1:])
+
+
+@pytest.fixture
+def small_group() -> Iterator[Cgroup]:
+    """A control group. Name it before `stage`: processes go before their groups do."""
+    with cgroup.many() as groups:
+        groups.append(Cgroup())
+        yield groups[0]
+
+
+@pytest.mark.usefixtures("swap")
+def test_merging_under_pressure(small_group: Cgroup, stage: Stage, client: Client) -> None:
+    """Random writers with more memory than they may have: pages go to swap and come back, while
+    those that are equal are merged, and break apart again."""
+    pages = 1024
+    regions = []
+    for seed in range(2):
+        actor = small_group.add(stage.start())
+        regions.append(Region(actor, actor.map(pages), pages, seed))
+        actor.ask("writers", regions[-1].address, pages, seed + 1, 2)
+    small_group.limit(small_group.pages * 2 // 3)
+    before = vmstat()
+    began = time.monotonic()
+    results: Counter[Result] = Counter()
+
+    def enough() -> bool:
+        swapped = (vmstat()[name] - before[name] for name in ("pswpout", "pswpin"))
+        return results[Result.SUCCESS] > pages // 2 and min(swapped) > pages // 2
+
+    while time.monotonic() < began + PRESSURE_SECONDS or not enough():
+        assert time.monotonic() < began + DEADLINE_SECONDS, (results, vmstat())
+        # Some are on swap whenever we look; it takes pages that are in memory to be merged.
+        results.update(nominate(client, equal_now(client, regions)))
+        for region in regions:
+            region.actor.ask("madvise", region.address, pages // 2, MADV_PAGEOUT)
+    after = vmstat()
+    for region in regions:
+        _, _, *wrong = region.actor.ask("stop_writers").split(" ", 2)
+        assert wrong in ([], [""]), wrong
+    print(dict(results), {name: after[name] - before[name] for name in ("pswpout", "pswpin")})
+    assert small_group.events("oom_kill") == 0
+
+
+@pytest.mark.usefixtures("swap")
+def test_merged_pages_survive_pressure(small_group: Cgroup, stage: Stage, client: Client) -> None:
+    """What is around them goes to swap; they stay where they are, and right."""
+    alice, bob = (small_group.add(stage.start()).region(300, SEED) for _ in range(2))
+    merge_all(client, alice, bob)
+    shared = alice.frames
+    others = [small_group.add(stage.start()).region(600, SEED + n) for n in (1, 2)]
+    small_group.limit(small_group.pages - 500)
+    wait_until(
+        lambda: any(frames.swapped(r.actor.pid, r.address, r.pages).any() for r in others),
+        "other pages are on swap",
+    )
+    for region in (*others, alice, bob):
+        region.verify()
+    assert (alice.frames == shared).all()
+    assert (bob.frames == shared).all()
+    write_privately(alice, 0, bob)
+    assert small_group.events("oom_kill") == 0
+
+
+def vmstat() -> dict[str, int]:
+    """The counters of /proc/vmstat."""
+    lines = Path("/proc/vmstat").read_text().splitlines()
+    return {name: int(value) for name, value in (line.split() for line in lines)}

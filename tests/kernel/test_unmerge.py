@@ -4,6 +4,9 @@
 from __future__ import annotations
 
 import errno
+import itertools
+import signal
+import time
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,13 +17,15 @@ import pytest
 
 from tests.kernel import frames
 from tests.kernel.actor import MADV_DONTNEED, PAGE_BYTES, PROT_READ, PROT_WRITE, Region, Stage
-from tests.kernel.contract import MAX_CANDIDATES, MAX_UNMERGE_PAGES, Result
-from tests.kernel.sharing import flat, merge_all, pairs, write_privately
-from tests.kernel.wire import Client, Refused
+from tests.kernel.contract import MAX_CANDIDATES, MAX_UNMERGE_PAGES, Attribute, Command, Result
+from tests.kernel.sharing import DEADLINE_SECONDS, flat, merge_all, pairs, write_privately
+from tests.kernel.wire import Client, Refused, attribute, unmerge_payload
 
 PAGES, SEED = 600, 70
 # So many that no frame gets more mappings than it may have.
 CONTENTS = 16
+# All of a process: the first page, and the last one of its address space.
+USER_PAGES = (1 << 47) // PAGE_BYTES - 1
 
 
 @pytest.fixture
@@ -96,7 +101,7 @@ def test_leaves_what_is_not_merged(stage: Stage, client: Client) -> None:
     alice.actor.ask("munmap", alice[300].address, 100)
     alice.actor.ask("madvise", alice[400].address, 100, MADV_DONTNEED)
     before = alice.frames
-    unmerged, _ = client.unmerge(alice.actor.key, 0, (1 << 47) // PAGE_BYTES - 1)
+    unmerged, _ = client.unmerge(alice.actor.key, 0, USER_PAGES)
     assert unmerged == 100
     changed = alice.frames != before
     assert changed[100:200].all()
@@ -104,22 +109,6 @@ def test_leaves_what_is_not_merged(stage: Stage, client: Client) -> None:
     assert not changed[200:].any()
     assert alice.actor.ask("verify", alice.address, 300, SEED) == "same"
     bob.verify()
-
-
-def test_limit_of_one_request(stage: Stage, client: Client) -> None:
-    pages = MAX_UNMERGE_PAGES + 1500
-    region = stage.start().region(pages, SEED, period=CONTENTS)
-    merge_by_content(client, region)
-    unmerged, after = client.unmerge(region.actor.key, region.address, pages)
-    assert MAX_UNMERGE_PAGES <= unmerged <= MAX_UNMERGE_PAGES + 511
-    assert region.address < after < region.address + pages * PAGE_BYTES
-    rest, end = client.unmerge(
-        region.actor.key, after, pages - (after - region.address) // PAGE_BYTES
-    )
-    assert unmerged + rest == pages
-    assert end == region.address + pages * PAGE_BYTES
-    assert len(np.unique(region.frames)) == pages
-    region.verify()
 
 
 def test_not_enough_memory(stage: Stage, client: Client) -> None:
@@ -183,3 +172,133 @@ def test_merge_all_then_exit_order(stage: Stage, client: Client) -> None:
         frames.assert_shared(group)
     regions[1].actor.exit()
     regions[2].verify()
+
+
+def test_counting_changes_nothing(client: Client, merged: tuple[Region, Region]) -> None:
+    alice, bob = merged
+    alice.write(7, 1)
+    before = alice.frames
+    counter = client.info().counters["unmerged_pages"]
+    faults = alice.actor.minor_faults()
+    end = alice.address + PAGES * PAGE_BYTES
+    for address, pages, expected in (
+        (alice.address, PAGES, PAGES - 1),
+        (alice[5].address, 10, 9),
+        (0, USER_PAGES, PAGES - 1),
+    ):
+        counted, after = client.unmerge(alice.actor.key, address, pages, count_only=True)
+        assert counted == expected
+        assert after == (address + pages * PAGE_BYTES)
+    assert (alice.frames == before).all()
+    assert alice.actor.minor_faults() == faults
+    assert client.info().counters["unmerged_pages"] == counter
+    # And it says what the real thing then does.
+    assert client.unmerge(alice.actor.key, alice.address, PAGES) == (PAGES - 1, end)
+    assert client.unmerge(alice.actor.key, 0, USER_PAGES, count_only=True)[0] == 0
+    bob.verify()
+
+
+def test_counting_asks_for_no_memory(stage: Stage, client: Client) -> None:
+    """Nor is it bounded by what one request may change."""
+    pages = MAX_UNMERGE_PAGES + 1500
+    region = stage.start().region(pages, SEED, period=CONTENTS)
+    merge_by_content(client, region)
+    end = region.address + pages * PAGE_BYTES
+    with little_memory_available(pages=10000):
+        counted = client.unmerge(region.actor.key, region.address, pages, count_only=True)
+    assert counted == (pages, end)
+
+
+def test_flag_with_content(client: Client, merged: tuple[Region, Region]) -> None:
+    """COUNT_ONLY is a flag: nobody shall think that a 0 in it turns it off."""
+    alice, _ = merged
+    payload = unmerge_payload(alice.actor.key, alice.address, PAGES)
+    with pytest.raises(Refused) as refused:
+        client.request(Command.UNMERGE, payload + attribute(Attribute.COUNT_ONLY, bytes(4)))
+    assert refused.value.errno in (errno.EINVAL, errno.ERANGE)
+    assert client.info().shared_mappings == 2 * PAGES
+
+
+def test_everything_of_everybody(stage: Stage, client: Client) -> None:
+    """Process after process, from one end of memory to the other: nothing is left."""
+    regions = [stage.start().region(700, SEED) for _ in range(3)]
+    regions += [region.of(region.actor.fork()) for region in regions[:1]]
+    zero = stage.start()
+    zero_region = Region(zero, zero.map(4), 4, SEED)
+    zero.ask("clear", zero_region.address, 4)
+    client.merge(*pairs(*regions))
+    client.merge_zeros(*zero_region)
+    assert client.info().shared_mappings == 4 * 700
+    for region in regions:
+        address, unmerged = 0, 0
+        while address < USER_PAGES * PAGE_BYTES:
+            pages = USER_PAGES - address // PAGE_BYTES
+            count, after = client.unmerge(region.actor.key, address, pages)
+            assert address < after
+            address, unmerged = after, unmerged + count
+        assert unmerged == 700
+    info = client.info()
+    assert (info.shared_pages, info.shared_mappings) == (0, 0)
+    for region in regions:
+        region.verify()
+
+
+def test_progress(stage: Stage, client: Client) -> None:
+    """NEXT leads through a range that takes several requests, and counts add up."""
+    pages = MAX_UNMERGE_PAGES + 1500
+    region = stage.start().region(pages, SEED, period=CONTENTS)
+    merge_by_content(client, region)
+    end = region.address + pages * PAGE_BYTES
+    address, steps, unmerged = region.address, 0, 0
+    while address < end:
+        left = (end - address) // PAGE_BYTES
+        expected = client.unmerge(region.actor.key, address, left, count_only=True)[0]
+        assert expected == pages - unmerged
+        count, address = client.unmerge(region.actor.key, address, left)
+        assert count <= MAX_UNMERGE_PAGES
+        steps, unmerged = steps + 1, unmerged + count
+    assert (address, unmerged, steps) == (end, pages, 2)
+    assert client.info().shared_pages == 0
+    assert len(np.unique(region.frames)) == pages
+    region.verify()
+
+
+def test_interrupted(stage: Stage, client: Client) -> None:
+    """A signal ends it in the middle: it says how far it got, and the rest is as before."""
+    pages = 6000
+    region = stage.start().region(pages, SEED, period=CONTENTS)
+    before = signal.signal(signal.SIGALRM, lambda *_: None)
+    deadline = time.monotonic() + DEADLINE_SECONDS
+    try:
+        unmerged = after = 0
+        for attempt in itertools.count():
+            assert time.monotonic() < deadline, "no request was ever met in the middle"
+            merge_by_content(client, region)
+            signal.setitimer(signal.ITIMER_REAL, 0.002 * (1 + attempt % 20))
+            unmerged, after = unmerge_or_nothing(client, region)
+            if 0 < unmerged < pages:
+                break
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+    assert region.address < after < region.address + pages * PAGE_BYTES
+    assert client.info().shared_mappings == pages - unmerged
+    region.verify()
+    left = pages - (after - region.address) // PAGE_BYTES
+    assert client.unmerge(region.actor.key, after, left)[0] == pages - unmerged
+    assert client.info().shared_pages == 0
+    assert len(np.unique(region.frames)) == pages
+    region.verify()
+
+
+def unmerge_or_nothing(client: Client, region: Region) -> tuple[int, int]:
+    """A signal before the first page is an error, and nothing has changed."""
+    try:
+        unmerged, after = client.unmerge(region.actor.key, region.address, region.pages)
+    except Refused as refused:
+        if refused.errno not in (errno.EINTR, errno.ECANCELED):
+            raise
+        assert len(np.unique(region.frames)) == CONTENTS
+        return 0, 0
+    assert unmerged
+    return unmerged, after

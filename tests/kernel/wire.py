@@ -21,6 +21,8 @@ from tests.kernel.actor import Page, ProcessKey, Region
 from tests.kernel.contract import (
     CANDIDATE,
     DEPTH_FULL_BYTES,
+    GROUP_ZERO,
+    MERGE_ANY_NODE,
     PROCESS,
     PROCESS_UNDUMPABLE,
     RECORD,
@@ -60,6 +62,7 @@ class Info:
     features: int
     limits: dict[str, int]
     counters: dict[str, int]
+    # Candidates by result.
     results: tuple[int, ...]
     shared_pages: int
     shared_mappings: int
@@ -163,7 +166,7 @@ class Client(Socket):
         """INFO."""
         (reply,) = self.request(Command.INFO, b"")
         limits = struct.unpack("=IIIIQ", reply[Attribute.LIMITS])
-        counters = struct.unpack("=22Q", reply[Attribute.COUNTERS])
+        counters = struct.unpack("=40Q", reply[Attribute.COUNTERS])
         limit_names = re.findall(r"__u\d+ (\w+);", struct_text("limits"))
         counter_names = re.findall(r"__u64 (\w+);", struct_text("counters"))
         return Info(
@@ -171,8 +174,8 @@ class Client(Socket):
             reply[Attribute.MODULE_VERSION].rstrip(b"\0").decode(),
             struct.unpack("=Q", reply[Attribute.FEATURES])[0],
             dict(zip(limit_names, limits, strict=True)),
-            dict(zip(counter_names, counters[:6], strict=True)),
-            counters[6:],
+            dict(zip(counter_names, counters[:6] + counters[38:], strict=True)),
+            counters[6:38],
             *struct.unpack("=QQ", reply[Attribute.TOTALS]),
         )
 
@@ -197,17 +200,39 @@ class Client(Socket):
             records[first : first + len(run.records)] = run.records
         return records
 
-    def merge(self, *groups: Sequence[Page], undumpable: bool = False) -> list[list[Result]]:
+    def merge(
+        self,
+        *groups: Sequence[Page],
+        undumpable: bool = False,
+        any_node: bool = False,
+        split_percent: int | None = None,
+    ) -> list[list[Result]]:
         """MERGE: a list of results for each group."""
         flags = PROCESS_UNDUMPABLE if undumpable else 0
-        results = iter(self._merge(merge_payload(groups, flags)))
+        payload = merge_payload(groups, flags) + options(any_node, split_percent)
+        results = iter(self._merge(payload))
         return [[next(results) for _ in group] for group in groups]
 
+    def merge_zeros(self, *pages: Page, split_percent: int | None = None) -> list[Result]:
+        """MERGE of pages that are said to be filled with zeros."""
+        keys = list(dict.fromkeys(page.process for page in pages))
+        return self.merge_candidates(
+            keys,
+            [(page.address, keys.index(page.process), GROUP_ZERO) for page in pages],
+            split_percent=split_percent,
+        )
+
     def merge_candidates(
-        self, keys: Sequence[ProcessKey], candidates: Sequence[tuple[int, int, int]]
+        self,
+        keys: Sequence[ProcessKey],
+        candidates: Sequence[tuple[int, int, int]],
+        *,
+        any_node: bool = False,
+        split_percent: int | None = None,
     ) -> list[Result]:
         """MERGE of (address, index of the process, group) in this order."""
-        results = self._merge(candidates_payload(keys, candidates))
+        payload = candidates_payload(keys, candidates) + options(any_node, split_percent)
+        results = self._merge(payload)
         assert len(results) == len(candidates)
         return results
 
@@ -215,9 +240,12 @@ class Client(Socket):
         (reply,) = self.request(Command.MERGE, payload)
         return [Result(code) for code in reply[Attribute.RESULTS]]
 
-    def unmerge(self, process: ProcessKey, address: int, pages: int) -> tuple[int, int]:
+    def unmerge(
+        self, process: ProcessKey, address: int, pages: int, *, count_only: bool = False
+    ) -> tuple[int, int]:
         """UNMERGE: how many pages, and the address to go on from."""
-        (reply,) = self.request(Command.UNMERGE, _range(process, address, pages, 0))
+        payload = unmerge_payload(process, address, pages, count_only=count_only)
+        (reply,) = self.request(Command.UNMERGE, payload)
         unmerged, after = reply[Attribute.UNMERGED], reply[Attribute.NEXT]
         return struct.unpack("=Q", unmerged)[0], struct.unpack("=Q", after)[0]
 
@@ -242,6 +270,24 @@ def candidates_payload(
     return attribute(Attribute.PROCESSES, processes(keys, flags)) + attribute(
         Attribute.CANDIDATES, packed
     )
+
+
+def options(any_node: bool = False, split_percent: int | None = None) -> bytes:
+    """The attributes of MERGE that it may do without."""
+    payload = b""
+    if any_node:
+        payload += attribute(Attribute.FLAGS, struct.pack("=I", MERGE_ANY_NODE))
+    if split_percent is not None:
+        payload += attribute(Attribute.SPLIT_PERCENT, struct.pack("=I", split_percent))
+    return payload
+
+
+def unmerge_payload(
+    process: ProcessKey, address: int, pages: int, *, count_only: bool = False
+) -> bytes:
+    """The attributes of UNMERGE."""
+    payload = _range(process, address, pages, 0)
+    return payload + attribute(Attribute.COUNT_ONLY, b"") if count_only else payload
 
 
 def _range(process: ProcessKey, address: int, pages: int, flags: int) -> bytes:
