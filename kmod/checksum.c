@@ -116,15 +116,14 @@ static void record_bytes(struct page *page, unsigned int depth_bytes,
 }
 
 /* Caller holds the lock of the page table that maps the page. */
-static enum mergemem_state page_state(struct page *page)
+static enum mergemem_state page_state(struct page *page, struct folio *folio)
 {
-	struct folio *folio = page_folio(page);
-
 	if (is_zone_device_page(page) || PageHWPoison(page))
 		return MERGEMEM_STATE_REFUSED;
-	if (mergemem_page_is_shared(page))
-		return MERGEMEM_STATE_MERGED;
-	if (!folio_test_anon(folio) || folio_test_ksm(folio))
+	if (!folio_test_anon(folio))
+		return mergemem_page_is_shared(page) ? MERGEMEM_STATE_MERGED :
+						       MERGEMEM_STATE_REFUSED;
+	if (folio_test_ksm(folio))
 		return MERGEMEM_STATE_REFUSED;
 	if (folio_test_large(folio))
 		return MERGEMEM_STATE_HUGE;
@@ -136,20 +135,23 @@ static enum mergemem_state page_state(struct page *page)
 static void record_page(struct page *page, unsigned int depth_bytes,
 			struct mergemem_record *record)
 {
-	record->state = page_state(page);
+	struct folio *folio = page_folio(page);
+
+	record->state = page_state(page, folio);
 	if (record->state == MERGEMEM_STATE_REFUSED)
 		return;
 	record->map_count = compat_map_count(page);
-	record->order = folio_order(page_folio(page));
+	record->order = folio_order(folio);
 	record_bytes(page, depth_bytes, record);
 }
 
-static void record_pte(struct vm_area_struct *vma, unsigned long address,
-		       pte_t entry, unsigned int depth_bytes,
+/*
+ * Mergeable mappings are anonymous, and none of PFNs: what is not special there is
+ * an ordinary page, as vm_normal_page() would find at greater length.
+ */
+static void record_pte(pte_t entry, unsigned int depth_bytes,
 		       struct mergemem_record *record)
 {
-	struct page *page;
-
 	if (pte_none(entry)) {
 		record->state = MERGEMEM_STATE_ABSENT;
 	} else if (!pte_present(entry)) {
@@ -159,24 +161,18 @@ static void record_pte(struct vm_area_struct *vma, unsigned long address,
 					MERGEMEM_STATE_ZERO_PAGE :
 					MERGEMEM_STATE_REFUSED;
 	} else {
-		page = kernel_call(vm_normal_page)(vma, address, entry);
-		if (page)
-			record_page(page, depth_bytes, record);
-		else
-			record->state = MERGEMEM_STATE_REFUSED;
+		record_page(pte_page(entry), depth_bytes, record);
 	}
 }
 
-static void fill_from_table(struct vm_area_struct *vma, pte_t *pte,
-			    unsigned long address, unsigned int pages,
+static void fill_from_table(pte_t *pte, unsigned int pages,
 			    unsigned int depth_bytes,
 			    struct mergemem_record *records)
 {
 	unsigned int i;
 
 	for (i = 0; i < pages; i++)
-		record_pte(vma, address + i * PAGE_SIZE, ptep_get(pte + i),
-			   depth_bytes, &records[i]);
+		record_pte(ptep_get(pte + i), depth_bytes, &records[i]);
 }
 
 /*
@@ -266,7 +262,6 @@ void mergemem_checksum_fill(struct mm_struct *mm, const struct mergemem_run *run
 			    unsigned int depth_bytes,
 			    struct mergemem_record *records)
 {
-	struct vm_area_struct *vma = find_vma(mm, run->address);
 	unsigned int pages_per_lock = BYTES_PER_LOCK / depth_bytes;
 	unsigned int done, pages;
 
@@ -279,7 +274,7 @@ void mergemem_checksum_fill(struct mm_struct *mm, const struct mergemem_run *run
 		pages = min_t(unsigned int, pages_per_lock, run->pages - done);
 		pte = mergemem_pte_lock(mm, address, &ptl);
 		if (pte) {
-			fill_from_table(vma, pte, address, pages, depth_bytes,
+			fill_from_table(pte, pages, depth_bytes,
 					records + done);
 			pte_unmap_unlock(pte, ptl);
 		} else {

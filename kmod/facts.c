@@ -64,11 +64,11 @@ FUNCTION(PTE_OFFSET_MAP_LOCK, pte_offset_map_lock,
 
 FUNCTION(NOTIFIER_RANGE_INIT, mmu_notifier_range_init,
 	 void (struct mmu_notifier_range *, enum mmu_notifier_event, unsigned int,
-	       struct mm_struct *, unsigned long, unsigned long))
+		struct mm_struct *, unsigned long, unsigned long))
 FUNCTION(NOTIFIER_RANGE_INIT_VMA, mmu_notifier_range_init,
 	 void (struct mmu_notifier_range *, enum mmu_notifier_event, unsigned int,
-	       struct vm_area_struct *, struct mm_struct *, unsigned long,
-	       unsigned long))
+		struct vm_area_struct *, struct mm_struct *, unsigned long,
+		unsigned long))
 FUNCTION(NOTIFIER_RANGE_END, __mmu_notifier_invalidate_range_end,
 	 void (struct mmu_notifier_range *))
 FUNCTION(NOTIFIER_RANGE_END_ONLY, __mmu_notifier_invalidate_range_end,
@@ -92,10 +92,10 @@ FACT(GENL_DUMPIT_INFO_ATTRS,
 
 FUNCTION(GUP_REMOTE, get_user_pages_remote,
 	 long (struct mm_struct *, unsigned long, unsigned long, unsigned int,
-	       struct page **, int *))
+		struct page **, int *))
 FUNCTION(GUP_REMOTE_VMAS, get_user_pages_remote,
 	 long (struct mm_struct *, unsigned long, unsigned long, unsigned int,
-	       struct page **, struct vm_area_struct **, int *))
+		struct page **, struct vm_area_struct **, int *))
 
 FUNCTION(DUMPABLE_OF_TASK, task_exec_state_get_dumpable,
 	 enum task_dumpable (struct task_struct *))

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import lzma
 import struct
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -88,6 +89,7 @@ def test_dependencies_take_the_first_alternative() -> None:
 
 def test_the_parts_of_a_kernel() -> None:
     parts = "linux-image-6.1.0-1-amd64 linux-binary-7 linux-headers-6.1-common linux-kbuild-6.1"
+    parts += " linux-base-7.3.4-amd64 linux-modules-7.3.4-amd64"
     assert all(tree.PARTS.match(name) for name in parts.split())
     others = "linux-base linux-compiler-gcc-12-x86 linux-initramfs-tool initramfs-tools gcc-12"
     assert not any(tree.PARTS.match(name) for name in others.split())
@@ -109,6 +111,21 @@ def test_headers_are_usable_where_they_lie(tmp_path: Path) -> None:
     tree.relocate(tmp_path)
     assert (modules / "build").resolve() == headers
     assert "/usr/src/" not in (headers / "Makefile").read_text()
+
+
+def test_headers_that_name_their_output_are_usable_where_they_lie(tmp_path: Path) -> None:
+    headers = tmp_path / "usr/src/linux-headers-7.3.4-amd64"
+    common = tmp_path / "usr/src/linux-headers-7.3.4-common"
+    for directory in (headers, common):
+        directory.mkdir(parents=True)
+    (headers / "Makefile").write_text(
+        "KBUILD_OUTPUT=/usr/src/linux-headers-7.3.4-amd64\n"
+        "include /usr/src/linux-headers-7.3.4-common/Makefile\n"
+    )
+    (common / "Makefile").write_text("all:\n\t@realpath $(KBUILD_OUTPUT)\n")
+    tree.relocate(tmp_path)
+    done = subprocess.run(["make", "-sC", headers], stdout=subprocess.PIPE, text=True)
+    assert done.stdout.strip() == str(headers)
 
 
 def test_what_is_made_once_is_whole_or_absent(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests.vm import build, guest, junit, suite
+from tests.vm.kernels import Skip
 from tests.vm.steps import StepFailed
 
 
@@ -72,6 +73,45 @@ def test_own_reports_are_read_back(tmp_path: Path) -> None:
     assert junit.read(report) == junit.Counts(passed=1, failed=1)
 
 
+SKIPS = """<?xml version="1.0"?><testsuites><testsuite name="pytest" skipped="3" tests="4">
+<testcase classname="tests.kernel.test_a" name="test_one[1]"><skipped type="pytest.skip"
+message="no KVM">file.py:3: no KVM</skipped></testcase>
+<testcase classname="tests.kernel.test_a" name="test_two"><skipped type="pytest.xfail"
+message="broken"/></testcase>
+<testcase classname="" name="tests.kernel.test_b"><skipped type="pytest.skip" message="all"/>
+</testcase><testcase classname="tests.kernel.test_a" name="test_three"/></testsuite></testsuites>"""
+
+
+def test_skips_of_a_pytest_report(tmp_path: Path) -> None:
+    report = tmp_path / "report.xml"
+    report.write_text(SKIPS)
+    assert junit.skips(report) == [
+        Skip("test_a.py::test_one[1]", "no KVM"),
+        Skip("test_a.py::test_two", "expected to fail: broken"),
+        Skip("test_b.py::tests.kernel.test_b", "all"),
+    ]
+    assert junit.skips(tmp_path / "none.xml") == []
+
+
+def one_skipped(report: Path) -> str:
+    report.write_text(SKIPS)
+    return ""
+
+
+def test_a_skip_that_is_not_accounted_for_fails_the_stage(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(suite, "REPORTS", tmp_path)
+    assert suite.run_stages({"stage": one_skipped}) == 1
+    assert "does not account for a skip: test_a.py::test_one[1] (no KVM)" in capsys.readouterr().out
+    accepted = (Skip("*", "no KVM"), Skip("*", "expected to fail: broken"), Skip("*", "all"))
+    monkeypatch.setattr(suite, "accepted_skips", lambda _: accepted)
+    assert suite.run_stages({"stage": one_skipped}) == 0
+    printed = capsys.readouterr().out
+    assert "1 skipped: no KVM" in printed
+    assert printed.splitlines()[-1] == "1 passed, 0 failed, 3 skipped"
+
+
 def one_passed(report: Path) -> str:
     junit.write(report, "stage", [("test", 0.0, None)])
     return ""
@@ -132,9 +172,10 @@ def test_sources_are_copied_and_stale_ones_removed(tmp_path: Path) -> None:
         (root / name).write_text(name)
     (copy / "gone.c").touch()
     (copy / "mergemem.mod.c").touch()
+    (copy / "facts.h").touch()
     build.copy_sources(copy, root)
     names = {str(path.relative_to(copy)) for path in copy.rglob("*") if path.is_file()}
-    assert names == {"Kbuild", "main.c", "uapi/mergemem.h", "mergemem.mod.c"}
+    assert names == {"Kbuild", "main.c", "uapi/mergemem.h", "mergemem.mod.c", "facts.h"}
     before = (copy / "main.c").stat().st_mtime_ns
     build.copy_sources(copy, root)
     assert (copy / "main.c").stat().st_mtime_ns == before

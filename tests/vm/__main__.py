@@ -9,7 +9,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Sequence
 
-from tests.vm import build, emulator, kernels, lint, provision, suite, tree
+from tests.vm import build, emulator, kernels, lint, provision, suite, tree, trixie
 from tests.vm.cache import CHECKOUT
 from tests.vm.guest import Guest, GuestError
 from tests.vm.kernels import Kernel
@@ -24,7 +24,7 @@ def setup(arguments: Arguments) -> int:
     provision.environments()
     _chosen(arguments)
     provision.tools()
-    provision.trixie()
+    trixie.root()
     return 0
 
 
@@ -33,6 +33,13 @@ def kmod(arguments: Arguments) -> int:
     provision.packages()
     for kernel in _chosen(arguments):
         print(build.module(tree.get(kernel)))
+    return 0
+
+
+def debug_kernel(_: Arguments) -> int:
+    """Build the debug kernel, if the cache has none."""
+    provision.packages()
+    print(tree.get(kernels.debug()).image)
     return 0
 
 
@@ -97,6 +104,21 @@ def demo(_: Arguments) -> int:
     return subprocess.run(words, cwd=CHECKOUT, env=environment).returncode
 
 
+def bench_kmod(arguments: Arguments) -> int:
+    """The cost of one merge against KSM, on each kernel."""
+    with step("set up"):
+        provision.packages()
+        provision.environments()
+        build.helpers()
+        chosen = _chosen(arguments)
+        for kernel in chosen:
+            build.module(tree.get(kernel))
+    words = [str(provision.NEWEST / "bin/python"), "-m", "tests.bench.kmod"]
+    words += [kernel.name for kernel in chosen]
+    environment = os.environ | {"PYTHONDONTWRITEBYTECODE": "1"}
+    return subprocess.run(words, cwd=CHECKOUT, env=environment).returncode
+
+
 def _chosen(arguments: Arguments) -> tuple[Kernel, ...]:
     """The kernels asked for, in the cache, and what runs them."""
     chosen = kernels.select(kernels.load(), arguments.kernel)
@@ -109,12 +131,14 @@ def _chosen(arguments: Arguments) -> tuple[Kernel, ...]:
 COMMANDS: dict[str, Callable[[Arguments], int]] = {
     "setup": setup,
     "kmod": kmod,
+    "debug-kernel": debug_kernel,
     "run": run,
     "test": all_tests,
     "test-unit": unit_tests,
     "test-vm": guest_tests,
     "lint": check,
     "demo": demo,
+    "bench-kmod": bench_kmod,
 }
 
 

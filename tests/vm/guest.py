@@ -107,6 +107,9 @@ class Guest:
     kernel: str | Kernel = "newest"
     cpus: int = 2
     memory_mib: int = 2048
+    # A second NUMA node, besides that: memory without processors, so that the first node's is
+    # taken unless somebody asks for this one's.
+    far_memory_mib: int = 0
     swap_mib: int = 0
     # The module is built and its path is in $MERGEMEM_KO; loaded only if asked.
     module: bool = True
@@ -221,11 +224,16 @@ class Guest:
             # A busy host can keep an emulated processor waiting; stalls of minutes are real.
             "watchdog_thresh=60",
             "rcupdate.rcu_cpu_stall_timeout=120",
+            # Its hinting faults would come at random moments; who wants them turns it on.
+            "numa_balancing=disable",
+            # The debug kernel dies now and then if an interrupt meets it while it finds out about
+            # its processor's page tables of five levels (KASAN asks where its shadow is).
+            "no5lvl",
             *self.kernel_parameters,
         ]
         words = [*emulator.command(), "-nodefaults", "-no-user-config", "-no-reboot"]
         words += ["-display", "none", "-machine", "q35", *accelerator.arguments(accel)]
-        words += ["-smp", str(self.cpus), "-m", str(self.memory_mib)]
+        words += ["-smp", str(self.cpus), *self._memory()]
         words += ["-kernel", str(unpacked.image), "-initrd", str(initramfs.make(unpacked))]
         words += ["-append", " ".join(parameters)]
         words += ["-serial", f"file:{directory}/console.log"]
@@ -240,6 +248,16 @@ class Guest:
             words += ["-drive", f"file={directory}/swap,format=raw,if=none,id=swap"]
             words += ["-device", "virtio-blk-pci,drive=swap"]
         return [*words, *self.qemu_arguments]
+
+    def _memory(self) -> list[str]:
+        words = ["-m", str(self.memory_mib + self.far_memory_mib)]
+        if self.far_memory_mib:
+            nodes = {"near": self.memory_mib, "far": self.far_memory_mib}
+            processors = {"near": f",cpus=0-{self.cpus - 1}", "far": ""}
+            for name, mib in nodes.items():
+                words += ["-object", f"memory-backend-ram,id={name},size={mib}M"]
+                words += ["-numa", f"node,memdev={name}{processors[name]}"]
+        return words
 
 
 def run_in_guest(

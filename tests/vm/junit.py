@@ -8,6 +8,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+from tests.vm.kernels import Skip
+
 
 @dataclass(frozen=True)
 class Counts:
@@ -41,6 +43,23 @@ def read(path: Path) -> Counts:
         # A test that passes and then fails in its teardown is in `failures` or `errors` alone.
         total += Counts(max(0, int(suite.get("tests", 0)) - failed - skipped), failed, skipped)
     return total
+
+
+def skips(path: Path) -> list[Skip]:
+    """Which tests of a file were skipped, and why; an expected failure is no better."""
+    try:
+        root = ElementTree.parse(path).getroot()
+    except (OSError, ElementTree.ParseError):
+        return []
+    found = []
+    for case in root.iter("testcase"):
+        for skipped in case.iter("skipped"):
+            # A module that is skipped whole has no class name, and its own for a name.
+            module = case.get("classname") or case.get("name") or "?"
+            tests = f"{module.rsplit('.', 1)[-1]}.py::{case.get('name')}"
+            kind = "expected to fail: " if skipped.get("type") == "pytest.xfail" else ""
+            found.append(Skip(tests, kind + skipped.get("message", "")))
+    return found
 
 
 def write(path: Path, name: str, cases: Iterable[tuple[str, float, str | None]]) -> None:

@@ -4,10 +4,12 @@
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 import tomllib
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import MISSING, dataclass, fields
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,17 @@ class TableError(Exception):
 
 
 @dataclass(frozen=True)
+class Skip:
+    """A test that may skip, or one that did: "test_swap.py::test_it", and why."""
+
+    tests: str
+    reason: str
+
+    def accounts_for(self, other: Skip) -> bool:
+        return self.reason == other.reason and fnmatchcase(other.tests, self.tests)
+
+
+@dataclass(frozen=True)
 class Kernel:
     name: str
     release: str
@@ -28,6 +41,11 @@ class Kernel:
     packages: tuple[str, ...]
     toolchain: str
     boot: str
+    skips: tuple[Skip, ...] = ()
+
+    def is_version(self, version: str) -> bool:
+        """Whether a version is of this series: 6.1.192-2 of "6.1", 7.3.4 of "7.x"."""
+        return version.startswith(self.name.removesuffix("x").rstrip(".") + ".")
 
 
 def parse(text: str) -> tuple[Kernel, ...]:
@@ -45,11 +63,22 @@ def load() -> tuple[Kernel, ...]:
     return parse(TABLE.read_text(encoding="utf-8"))
 
 
+def unit_skips() -> tuple[Skip, ...]:
+    """What unit tests may skip: they run on the host, which may be anything."""
+    entries = tomllib.loads(TABLE.read_text(encoding="utf-8"))["unit"]["skips"]
+    return tuple(_skip("unit", entry) for entry in entries)
+
+
+def debug() -> Kernel:
+    """The debug kernel, which is none of the supported ones: it answers to its name only."""
+    return _kernel(tomllib.loads(TABLE.read_text(encoding="utf-8"))["debug"])
+
+
 def select(kernels: Sequence[Kernel], names: str | None) -> tuple[Kernel, ...]:
     """The kernels named in a list such as "6.1,6.12"; all of them when nothing is named."""
     if not names:
         return tuple(kernels)
-    by_name = {kernel.name: kernel for kernel in kernels}
+    by_name = {kernel.name: kernel for kernel in (*kernels, debug())}
     wanted = names.replace(",", " ").split()
     unknown = [name for name in wanted if name not in by_name]
     if unknown:
@@ -70,11 +99,13 @@ def markdown(kernels: Sequence[Kernel]) -> str:
 
 
 def _kernel(entry: dict[str, Any]) -> Kernel:
-    expected = {field.name for field in fields(Kernel)}
-    if set(entry) != expected:
-        odd = ", ".join(sorted(set(entry) ^ expected))
+    known = {field.name for field in fields(Kernel)}
+    needed = {field.name for field in fields(Kernel) if field.default is MISSING}
+    if not needed <= set(entry) <= known:
+        odd = ", ".join(sorted((set(entry) - known) | (needed - set(entry))))
         raise TableError(f"kernel {entry.get('name', '?')}: missing or unknown: {odd}")
     values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in entry.items()}
+    values["skips"] = tuple(_skip(entry["name"], skip) for skip in values.get("skips", ()))
     kernel = Kernel(**values)
     if kernel.toolchain not in TOOLCHAINS:
         raise TableError(f"kernel {kernel.name}: toolchain is one of {', '.join(TOOLCHAINS)}")
@@ -83,11 +114,23 @@ def _kernel(entry: dict[str, Any]) -> Kernel:
     return kernel
 
 
-def _by_version(kernel: Kernel) -> tuple[int, ...]:
+def _skip(kernel: str, entry: Any) -> Skip:
+    wanted = {field.name for field in fields(Skip)}
+    if not isinstance(entry, dict) or set(entry) != wanted or not all(entry.values()):
+        raise TableError(f"{kernel}: a skip has {' and '.join(sorted(wanted))}: {entry!r}")
+    return Skip(**entry)
+
+
+def _by_version(kernel: Kernel) -> tuple[float, ...]:
+    *parts, last = kernel.name.split(".")
     try:
-        return tuple(int(part) for part in kernel.name.split("."))
+        # "7.x" comes after every 7.1 and 7.2.
+        newest = math.inf if last == "x" and parts else int(last)
+        return (*(int(part) for part in parts), newest)
     except ValueError:
-        raise TableError(f"kernel {kernel.name!r}: the name is a version such as 6.1") from None
+        raise TableError(
+            f"kernel {kernel.name!r}: the name is a version such as 6.1 or 7.x"
+        ) from None
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -20,6 +20,7 @@ CHECKPATCH_IGNORED = (
     "FILE_PATH_CHANGES",  # MAINTAINERS is a file of the kernel's tree
     "LINUX_VERSION_CODE",  # one source for several kernels; compat.h alone may ask
     "CONST_STRUCT",  # its list is of the newest tree's structs
+    "ALLOC_WITH_SIZEOF",  # kvzalloc_obj() is of 7.x
     # The table of symbols is an X macro: a list of declarations, not an expression.
     "COMPLEX_MACRO",
     "MULTISTATEMENT_MACRO_USE_DO_WHILE",

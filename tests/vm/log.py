@@ -37,6 +37,8 @@ HARMLESS = (
     re.compile(r"traps: .* general protection fault ip:"),
     # How the processor of the moment is affected by hardware bugs, not what our code did.
     re.compile(r"(Spectre V2|RETBleed|MDS|TAA|MMIO Stale Data|SRSO|TSA) *: WARNING"),
+    # Somebody asked for a block of memory to be taken offline, and it can't be: a notice, with errno.
+    re.compile(r"page dumped because: (unmovable page|migration failure)"),
     # Emulation is slower than the calibration expects.
     re.compile(r"clocksource: .*(unstable|[Ww]atchdog)"),
 )

@@ -4,13 +4,14 @@
 from __future__ import annotations
 
 import platform
+import re
 import shutil
 import subprocess
 from collections.abc import Sequence
 from pathlib import Path
 
 from tests.vm.cache import BUILD, CHECKOUT, cache_dir, content_key, locked, make_once
-from tests.vm.debian import Archive, mirrors, sudo
+from tests.vm.debian import Archive, sudo
 from tests.vm.kernels import load
 from tests.vm.steps import run, step
 
@@ -20,18 +21,6 @@ REQUIREMENTS = CHECKOUT / "tests/requirements.txt"
 PYTHON = Path("/usr/bin/python3")
 NEWEST = BUILD / "venv"
 DEBIAN = BUILD / "venv-debian"
-TRIXIE_PACKAGES = (
-    "gcc",
-    "libc6-dev",
-    "python3",
-    "python3-hypothesis",
-    "python3-jsonschema",
-    "python3-numpy",
-    "python3-prometheus-client",
-    "python3-pyroute2",
-    "python3-pytest",
-    "python3-yaml",
-)
 
 
 def listed(path: Path) -> list[str]:
@@ -77,20 +66,6 @@ def _environment(directory: Path, wanted: Sequence[str]) -> None:
             stamp.write_text(key, encoding="utf-8")
 
 
-def trixie() -> Path:
-    """A Debian 13 to run its Python and its libraries in."""
-    key = content_key([*TRIXIE_PACKAGES, "trixie"])
-    return make_once(cache_dir() / "trixie" / key, _debootstrap) / "root"
-
-
-def _debootstrap(into: Path) -> None:
-    main, _ = mirrors()
-    with step("debootstrap a Debian 13 for its Python and libraries (a minute or two)"):
-        options = ["--variant=minbase", f"--include={','.join(TRIXIE_PACKAGES)}"]
-        run([*sudo(), "debootstrap", *options, "trixie", into / "root", main])
-        run([*sudo(), "chroot", into / "root", "apt-get", "clean"])
-
-
 def tools() -> Path:
     """The directory of programs that are unpacked rather than installed: promtool, checkpatch.
 
@@ -113,10 +88,11 @@ def _tools(into: Path) -> None:
         kernel = load()[-1]
         archive = Archive(kernel.suites)
         archive.update()
-        name = f"linux-source-{kernel.name}"
-        archive.unpack([archive.show(name)], unpacked)
+        # Of the series that the suites have now: "linux-source" depends on it.
+        source = archive.closure(["linux-source"], re.compile("linux-source-"))[-1]
+        archive.unpack([source], unpacked)
         scripts = ("checkpatch.pl", "spelling.txt", "const_structs.checkpatch")
-        members = [f"{name}/scripts/{script}" for script in scripts]
-        source = unpacked / f"usr/src/{name}.tar.xz"
-        run(["tar", "-xJf", source, "-C", into, "--strip-components=2", *members])
+        members = [f"{source.name}/scripts/{script}" for script in scripts]
+        archived = unpacked / f"usr/src/{source.name}.tar.xz"
+        run(["tar", "-xJf", archived, "-C", into, "--strip-components=2", *members])
         shutil.rmtree(unpacked)

@@ -12,12 +12,12 @@ from pathlib import Path
 from tests.vm import vmlinux
 from tests.vm.cache import cache_dir, locked, make_once
 from tests.vm.debian import Archive, Package
-from tests.vm.kernels import Kernel
+from tests.vm.kernels import Kernel, debug
 from tests.vm.steps import StepFailed, run, say, step
 
 # Packages that together are a kernel; what else they depend on (initramfs-tools, compilers)
 # belongs to an installation, and this is none.
-PARTS = re.compile(r"linux-(image|binary|modules|headers|kbuild)-")
+PARTS = re.compile(r"linux-(image|base|binary|modules|headers|kbuild)-")
 # How long "the newest" is trusted before the archive is asked again.
 FRESH_SECONDS = 24 * 3600
 
@@ -55,10 +55,14 @@ class Tree:
 
 
 def get(kernel: Kernel) -> Tree:
-    """The newest build of a kernel, fetched if it is not in the cache."""
+    """The newest build of a kernel, fetched or built if it is not in the cache."""
     home = cache_dir() / "kernels" / kernel.name
     with locked(home / "newest.json"):
         packages = _newest(kernel, home / "newest.json")
+    if kernel == debug():
+        from tests.vm import debug_kernel  # which needs us
+
+        return debug_kernel.get(kernel, packages)
     version = next(iter(packages.values()))
     directory = make_once(
         home / version.replace("~", "-"), lambda into: _make(kernel, packages, into)
@@ -89,6 +93,7 @@ def _newest(kernel: Kernel, remembered: Path) -> dict[str, str]:
             archive = Archive(kernel.suites)
             archive.update()
             packages = {p.name: p.version for p in archive.closure(kernel.packages, PARTS)}
+            _check_series(kernel, packages)
     except StepFailed as failure:
         if not known:
             raise
@@ -100,6 +105,15 @@ def _newest(kernel: Kernel, remembered: Path) -> dict[str, str]:
     fresh.write_text(json.dumps(packages, indent=1), encoding="utf-8")
     fresh.rename(remembered)
     return packages
+
+
+def _check_series(kernel: Kernel, packages: dict[str, str]) -> None:
+    version = next(iter(packages.values()))
+    if kernel != debug() and not kernel.is_version(version):
+        raise StepFailed(
+            f"{', '.join(kernel.suites)} now have {version}, which is no {kernel.name}; "
+            "kernels.toml needs a row for it"
+        )
 
 
 def _make(kernel: Kernel, packages: dict[str, str], into: Path) -> None:
@@ -135,7 +149,9 @@ def relocate(root: Path) -> None:
             link.symlink_to(target)
     for makefile in (root / "usr/src").glob("linux-headers-*/Makefile"):
         text = makefile.read_text(encoding="utf-8")
-        if text.startswith("include /usr/src/"):
+        if "/usr/src/" in text:
             makefile.unlink()
-            here = "$(dir $(realpath $(lastword $(MAKEFILE_LIST))))../"
-            makefile.write_text(text.replace("/usr/src/", here, 1), encoding="utf-8")
+            # At once: what the last makefile is changes with every include.
+            here = ":= $(dir $(realpath $(lastword $(MAKEFILE_LIST))))../"
+            text = text.replace("=/usr/src/", here).replace("/usr/src/", here.removeprefix(":= "))
+            makefile.write_text(text, encoding="utf-8")
