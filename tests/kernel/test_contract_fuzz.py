@@ -3,6 +3,7 @@
 
 A few hundred are generated, from a fixed seed, by breaking good ones in ways of which each is a
 mistake for sure; then some thousand bytes of pure noise, of which nobody can say what they ask.
+test_fuzz.py sends what may be right or wrong, in far greater number.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import pytest
 from tests.kernel.actor import PAGE_BYTES, Region, Stage
 from tests.kernel.contract import (
     CANDIDATE,
+    GROUP_ZERO,
     MAX_CANDIDATES,
     MAX_PROCESSES,
     PROCESS,
@@ -43,6 +45,11 @@ A = Attribute
 USER_PAGES = (1 << 47) // PAGE_BYTES - 1
 U64 = struct.Struct("=Q")
 U32 = struct.Struct("=I")
+# What a request may have besides what it must have.
+OPTIONAL: dict[int, tuple[A, ...]] = {
+    Command.MERGE: (A.FLAGS, A.SPLIT_PERCENT),
+    Command.UNMERGE: (A.COUNT_ONLY,),
+}
 
 
 @dataclass
@@ -131,8 +138,8 @@ def too_long(chance: random.Random, broken: Message) -> None:
 
 
 def unknown_attribute(chance: random.Random, broken: Message) -> None:
-    used = set(A) if broken.command == Command.MERGE else set(broken.attributes)
-    kind = chance.choice([n for n in (*A, 18, 100, 0x3FFF) if n not in used and n != A.PAD] or [99])
+    known = {A.PAD, *broken.attributes, *OPTIONAL.get(broken.command, ())}
+    kind = chance.choice([n for n in (*A, max(A) + 1, 100, 0x3FFF) if n not in known])
     broken.attributes[kind] = chance.randbytes(chance.choice([0, 1, 8, 100]))
 
 
@@ -174,7 +181,7 @@ def wrong_index(chance: random.Random, broken: Message) -> None:
 def wrong_group(chance: random.Random, broken: Message) -> None:
     if broken.command == Command.MERGE:
         count = len(broken.attributes[A.CANDIDATES]) // CANDIDATE.size
-        wrong = chance.choice([count, count + 1, 1 << 31, (1 << 32) - 1])
+        wrong = chance.choice([count, count + 1, 1 << 31, GROUP_ZERO - 1])
         set_candidate(chance, broken, 2, lambda _: wrong)
     else:
         cut_short(chance, broken)
@@ -186,6 +193,18 @@ def wrong_depth(chance: random.Random, broken: Message) -> None:
         broken.attributes[A.DEPTH] = U32.pack(depth)
     else:
         too_long(chance, broken)
+
+
+def wrong_options(chance: random.Random, broken: Message) -> None:
+    """Of a right attribute: a number out of its range, or not of its length."""
+    kind = chance.choice(OPTIONAL.get(broken.command, (A.DEPTH,)))
+    wrong = {
+        A.FLAGS: [U32.pack(bit) for bit in (1 << 1, 1 << 31, (1 << 32) - 1)] + [b"", bytes(3)],
+        A.SPLIT_PERCENT: [U32.pack(share) for share in (0, 101, 1 << 31)] + [b"", b"\x19"],
+        A.COUNT_ONLY: [b"\x01", U32.pack(1)],
+        A.DEPTH: [b"", U64.pack(64)],
+    }
+    broken.attributes[kind] = chance.choice(wrong[kind])
 
 
 def unknown_process_flag(chance: random.Random, broken: Message) -> None:
@@ -233,6 +252,7 @@ MISTAKES = (
     wrong_index,
     wrong_group,
     wrong_depth,
+    wrong_options,
     unknown_process_flag,
     too_many,
     empty_arrays,
@@ -304,7 +324,7 @@ def test_wrong_attribute_types(client: Client, scene_of_two: Scene) -> None:
     for command in (Command.CHECKSUM, Command.MERGE, Command.UNMERGE):
         good = scene_of_two.good(command)
         for kind in good.attributes:
-            for wrong in (kind | 0x8000, kind | 0x4000, 0, (kind % 17) + 1):
+            for wrong in (kind | 0x8000, kind | 0x4000, 0, (kind % max(A)) + 1):
                 items = {wrong if key == kind else key: d for key, d in good.attributes.items()}
                 if len(items) < len(good.attributes):
                     continue
@@ -318,7 +338,7 @@ def test_wrong_attribute_types(client: Client, scene_of_two: Scene) -> None:
 
 @pytest.mark.usefixtures("scene_of_two")
 def test_info_takes_no_attributes(client: Client) -> None:
-    for kind in (A.PROCESSES, A.PAGES, 18):
+    for kind in (A.PROCESSES, A.PAGES, max(A) + 1):
         with pytest.raises(Refused) as refused:
             client.request(Command.INFO, attribute(kind, bytes(16)))
         assert refused.value.errno == errno.EINVAL
@@ -331,7 +351,7 @@ def test_noise(client: Client, scene_of_two: Scene) -> None:
     for _ in range(200):
         command = chance.choice([Command.CHECKSUM, Command.MERGE, Command.UNMERGE])
         items = {
-            chance.randrange(20): chance.randbytes(chance.choice([0, 1, 4, 8, 16, 32, 200]))
+            chance.randrange(24): chance.randbytes(chance.choice([0, 1, 4, 8, 16, 32, 200]))
             for _ in range(chance.randrange(6))
         }
         flags = chance.choice([0, NLM_F_DUMP])

@@ -1,0 +1,157 @@
+# SPDX-License-Identifier: MIT
+"""Making an allocation fail: the nth one of this thread (Documentation/fault-injection).
+
+Which one that was shows in a trace: allocators ask whether they shall fail, and the stack of each
+question, and of each such answer, is kept. A call site is named as the kernel names return
+addresses: function and offset. The module's call sites are read from its own file.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+import subprocess
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import NamedTuple
+
+FAIL_NTH = Path("/proc/thread-self/fail-nth")
+KNOBS = Path("/sys/kernel/debug")
+TRACING = Path("/sys/kernel/tracing")
+# Slabs, pages. (A failing copy from or to user space is no allocation, and is not traced.)
+ASKED = ("should_failslab", "should_fail_alloc_page")
+# "mergemem_merge+0x12a/0x9f0 [mergemem]"
+FRAME = re.compile(r" => (\w[\w.]*)\+0x([0-9a-f]+)/0x[0-9a-f]+ \[mergemem\]")
+EVENT = re.compile(r" (asked_\w+|failed_\w+): ")
+FAILED = "failed != 0"
+FUNCTION_SYMBOL = re.compile(
+    r"^ *\d+: ([0-9a-f]+) +(\d+|0x[0-9a-f]+) FUNC +\w+ +\w+ +(\d+) (\S+)", re.MULTILINE
+)
+CALL = re.compile(r"^([0-9a-f]+) +[0-9a-f]+ R_X86_64_PLT32 +[0-9a-f]+ (\S+) - 4", re.MULTILINE)
+
+
+class Site(NamedTuple):
+    """A call in the module: where it returns to."""
+
+    function: str
+    offset: int
+
+
+def possible() -> bool:
+    """Whether this kernel can make allocations fail."""
+    return FAIL_NTH.exists()
+
+
+def call_sites(module: str, target: re.Pattern[str]) -> dict[Site, str]:
+    """All calls in a module's code to functions of some names, and what each calls."""
+    symbols = _readelf("-sW", module)
+    functions = [
+        (int(section), int(start, 16), int(size, 0), name)
+        for start, size, section, name in FUNCTION_SYMBOL.findall(symbols)
+    ]
+    numbers = {
+        name: int(number)
+        for number, name in re.findall(r"\[ *(\d+)\] (\S+)", _readelf("-SW", module))
+    }
+    found = {}
+    for part in _readelf("-rW", module).split("Relocation section '")[1:]:
+        section = numbers[part.partition("'")[0].removeprefix(".rela")]
+        for offset, callee in CALL.findall(part):
+            if not target.search(callee):
+                continue
+            # The four bytes at the end of the call instruction are what is relocated.
+            back_to = int(offset, 16) + 4
+            for number, start, size, name in functions:
+                if number == section and start < back_to <= start + size:
+                    found[Site(name, back_to - start)] = callee
+    return found
+
+
+def _readelf(flag: str, module: str) -> str:
+    done = subprocess.run(["readelf", flag, module], check=True, stdout=subprocess.PIPE, text=True)
+    return done.stdout
+
+
+@contextmanager
+def settings() -> Iterator[None]:
+    """Any allocation may fail, without a word in the log; and each question is traced."""
+    for name, knob, value in (
+        ("failslab", "ignore-gfp-wait", "N"),
+        ("failslab", "verbose", "0"),
+        ("fail_page_alloc", "ignore-gfp-wait", "N"),
+        ("fail_page_alloc", "ignore-gfp-highmem", "N"),
+        ("fail_page_alloc", "min-order", "0"),
+        ("fail_page_alloc", "verbose", "0"),
+        ("fail_usercopy", "verbose", "0"),
+    ):
+        if (KNOBS / name).exists():
+            (KNOBS / name / knob).write_text(value)
+    probes = [f"p:mergemem/asked_{name} {name}" for name in ASKED]
+    probes += [f"r:mergemem/failed_{name} {name} failed=$retval:u8" for name in ASKED]
+    (TRACING / "kprobe_events").write_text("\n".join(probes) + "\n")
+    instance = TRACING / "instances" / "mergemem"
+    instance.mkdir()
+    events = instance / "events" / "mergemem"
+    mine = f"common_pid == {threading.get_native_id()}"
+    try:
+        (instance / "options" / "sym-offset").write_text("1")
+        for name in ASKED:
+            for event, condition in ((f"asked_{name}", mine), (f"failed_{name}", FAILED)):
+                (events / event / "filter").write_text(condition)
+                (events / event / "trigger").write_text(f"stacktrace if {condition}")
+                (events / event / "enable").write_text("1")
+        yield
+    finally:
+        (events / "enable").write_text("0")
+        instance.rmdir()
+        (TRACING / "kprobe_events").write_text("")
+
+
+class Failure:
+    """Lets the nth allocation fail within a `with`; then says whether it did, and whose it was."""
+
+    def __init__(self, nth: int) -> None:
+        self.nth = nth
+        self.happened = False
+        # How many were not reached.
+        self.left = nth
+        # The module's innermost call under way at each allocation, None for none, in order.
+        self.asked: list[Site | None] = []
+        # The module's call that the failed allocation was part of.
+        self.site: Site | None = None
+
+    def __enter__(self) -> Failure:
+        (TRACING / "instances" / "mergemem" / "trace").write_text("")
+        self._file = os.open(FAIL_NTH, os.O_RDWR)
+        os.pwrite(self._file, str(self.nth).encode(), 0)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        try:
+            self.left = int(os.pread(self._file, 16, 0))
+            self.happened = self.left == 0
+        except OSError as error:
+            # Handing the number out could fail too: then that was the nth.
+            if error.errno != errno.EFAULT:
+                raise
+        os.pwrite(self._file, b"0", 0)
+        os.close(self._file)
+        for event, site in _stacks((TRACING / "instances" / "mergemem" / "trace").read_text()):
+            if event.startswith("failed"):
+                self.site = site
+            else:
+                self.asked.append(site)
+
+
+def _stacks(trace: str) -> Iterator[tuple[str, Site | None]]:
+    """Each event, and the module's innermost frame at it."""
+    event = ""
+    for part in trace.split("<stack trace>"):
+        frame = FRAME.search(part)
+        if event:
+            yield event, Site(frame[1], int(frame[2], 16)) if frame else None
+        names = EVENT.findall(part)
+        event = names[-1] if names else ""
