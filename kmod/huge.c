@@ -158,6 +158,9 @@ static struct weighed weigh(struct merge_request *request,
 		if (!is_undecided_huge(request, candidate))
 			continue;
 		page = page_at(request, run, &table, candidate, &is_large);
+		/* Migrating or the like: of this folio perhaps, as others are. */
+		if (!page && weighed.folio)
+			continue;
 		if (!page || !is_large ||
 		    (weighed.folio && page_folio(page) != weighed.folio))
 			break;

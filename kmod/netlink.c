@@ -348,8 +348,11 @@ static int dump_run(struct sk_buff *skb, struct netlink_callback *cb,
 	int err = mergemem_mm_lock(mm, patience);
 
 	if (err) {
-		NL_SET_ERR_MSG(cb->extack,
-			       "the process keeps its mmap_lock; try again later");
+		if (err == -EBUSY)
+			NL_SET_ERR_MSG(cb->extack,
+				       "the process keeps its mmap_lock; try again later");
+		else
+			NL_SET_ERR_MSG(cb->extack, "a signal came");
 		return err;
 	}
 	if (mergemem_checksum_next_run(mm, range->start, range->end, &run)) {

@@ -117,8 +117,8 @@ struct page *mergemem_shared_create(struct page *donor, bool any_node)
  * mergemem_shared_take_charge - let a shared page be charged for another page
  * @shared: a shared page that the caller has just mapped: the page-table lock
  *	keeps its map count above zero
- * @old: the anonymous page whose place it took: no longer mapped, not in the
- *	swap cache, with no references but those of mappings that have gone
+ * @old: the anonymous page whose place it took, with the reference of the
+ *	mapping that has gone
  *
  * The first page that is freed in favour of a shared page hands its memory
  * cgroup's charge over instead of giving it back. Nothing is charged anew: no
@@ -127,10 +127,13 @@ struct page *mergemem_shared_create(struct page *donor, bool any_node)
  * cgroup that goes with it; freeing the shared page drops both, as for any page.
  *
  * The LRU list that a page is on follows from its charge, so @old leaves its
- * list first. Whoever isolates it (reclaim, compaction) clears PG_lru, and only
- * one can: then it is not ours, and keeps its charge. Afterwards nobody has a
- * reason to look at it. What isolation leaves set must not be seen when the page
- * is freed.
+ * list first. Whoever isolates it (reclaim, migration) clears PG_lru, and only
+ * one can. From then on nobody can begin anything with it; who has begun has a
+ * reference: reclaim that put it into the swap cache while its entry was clear,
+ * another process's unmapping, which counts the cgroup's pages after the map
+ * count has dropped, or a migration that has it mapped again by now. So with any
+ * reference but two it goes back to its list with its charge, and the next page
+ * is asked. What isolation leaves set must not be seen when the page is freed.
  *
  * The other party is a request that attaches a page to the same @shared under
  * another lock: cmpxchg() lets one charge in, the loser's goes with its page.
@@ -139,11 +142,17 @@ void mergemem_shared_take_charge(struct page *shared, struct page *old)
 {
 #ifdef CONFIG_MEMCG
 	struct folio *from = page_folio(old), *to = page_folio(shared);
-	unsigned long charge = READ_ONCE(from->memcg_data);
+	unsigned long charge;
 
-	if (!charge || READ_ONCE(to->memcg_data) ||
+	if (!READ_ONCE(from->memcg_data) || READ_ONCE(to->memcg_data) ||
 	    !compat_folio_isolate_lru(from))
 		return;
+	if (folio_mapped(from) || folio_ref_count(from) != 2) {
+		folio_add_lru(from);
+		folio_put(from);
+		return;
+	}
+	charge = from->memcg_data;
 	folio_clear_active(from);
 	folio_clear_unevictable(from);
 	if (!cmpxchg(&to->memcg_data, 0, charge)) {

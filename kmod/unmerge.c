@@ -41,12 +41,14 @@ struct merged_pages {
 };
 
 /*
- * A write to a page that somebody protects through userfaultfd waits for him,
- * and this request waits for nobody: such pages stay merged.
+ * A write to a page that somebody protects through userfaultfd is his to decide
+ * on. A fault taken from here cannot wait for him, and would fail: such pages
+ * stay merged.
  */
-static bool write_would_wait(struct vm_area_struct *vma, pte_t entry)
+static bool is_protected(struct vm_area_struct *vma, pte_t entry)
 {
-	return userfaultfd_wp(vma) && compat_pte_uffd_wp(entry);
+	return vma->vm_flags & (VM_UFFD_WP | VM_UFFD_RWP) &&
+	       compat_pte_uffd_wp(entry);
 }
 
 /* Caller holds the mmap_lock. */
@@ -75,7 +77,7 @@ static void find_merged(struct mm_struct *mm, struct merged_pages *pages)
 			break;
 		if (address < vma->vm_start || !vma_is_anonymous(vma) ||
 		    !pte_present(entry) || pte_special(entry) ||
-		    write_would_wait(vma, entry))
+		    is_protected(vma, entry))
 			continue;
 		page = kernel_call(vm_normal_page)(vma, address, entry);
 		if (page && mergemem_page_is_shared(page))
@@ -130,7 +132,10 @@ static int count_merged(struct mm_struct *mm, unsigned long start,
 	return 0;
 }
 
-/* How many pages the cgroups of a process will let it have more. */
+/*
+ * How many pages the cgroups of a process will let it have more, without taking
+ * any from its page cache. Version 1 limits memory and swap together, too.
+ */
 static unsigned long cgroup_room_pages(struct mm_struct *mm)
 {
 	unsigned long room = ULONG_MAX;
@@ -142,6 +147,11 @@ static unsigned long cgroup_room_pages(struct mm_struct *mm)
 		unsigned long max = READ_ONCE(level->memory.max);
 		unsigned long usage = page_counter_read(&level->memory);
 
+		room = min(room, max > usage ? max - usage : 0);
+		if (cgroup_subsys_on_dfl(memory_cgrp_subsys))
+			continue;
+		max = READ_ONCE(level->memsw.max);
+		usage = page_counter_read(&level->memsw);
 		room = min(room, max > usage ? max - usage : 0);
 	}
 	mem_cgroup_put(memcg);
@@ -180,20 +190,28 @@ static int unmerge_part(struct mm_struct *mm, const struct merged_pages *pages,
 
 	if (err)
 		return err;
-	*why = "there was no memory for a page of its own";
 	for_each_set_bit(n, pages->merged, PART_PAGES) {
 
 		*next = pages->start + n * PAGE_SIZE;
 		if (*unmerged >= MERGEMEM_MAX_UNMERGE_PAGES)
 			return 0;
 		err = compat_fault_in_write(mm, *next);
-		if (err == 1)
+		if (err == 1) {
 			++*unmerged;
-		else if (err != -EFAULT && err != -EHWPOISON)
+		} else if (err != -EFAULT && err != -EHWPOISON) {
+			*why = "there was no memory for a page of its own";
 			return err;
+		}
 	}
 	*next = pages->end;
 	return 0;
+}
+
+static const char *why_not_locked(int err)
+{
+	return err == -ECANCELED ?
+		       "a signal came; nothing was changed" :
+		       "the process keeps its mmap_lock; try again later";
 }
 
 /**
@@ -225,10 +243,11 @@ int mergemem_unmerge(struct mm_struct *mm, unsigned long start,
 
 	*unmerged = 0;
 	*next = start;
-	*why = "the process keeps its mmap_lock; try again later";
 	err = count_merged(mm, start, end, &patience, &merged);
-	if (err)
+	if (err) {
+		*why = why_not_locked(err);
 		return err;
+	}
 	if (count_only) {
 		*unmerged = merged;
 		*next = end;
@@ -239,14 +258,12 @@ int mergemem_unmerge(struct mm_struct *mm, unsigned long start,
 		return err;
 
 	while (!err && *next < end && *unmerged < MERGEMEM_MAX_UNMERGE_PAGES) {
-		if (signal_pending(current)) {
-			*why = "a signal came; nothing was changed";
-			err = -ECANCELED;
+		err = signal_pending(current) ? -ECANCELED :
+						mergemem_mm_lock(mm, &patience);
+		if (err) {
+			*why = why_not_locked(err);
 			break;
 		}
-		err = mergemem_mm_lock(mm, &patience);
-		if (err)
-			break;
 		if (next_part(mm, *next, end, &pages))
 			err = unmerge_part(mm, &pages, unmerged, next, why);
 		else

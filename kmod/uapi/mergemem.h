@@ -93,7 +93,8 @@
  *	content, and look like those that reading untouched memory gives.
  *	Errors: as CHECKSUM, -ECANCELED on a signal, and -ENOMEM, before anything was
  *	changed, when the memory that is available, or what the limits of the
- *	process's cgroup leave, would not suffice for the range.
+ *	process's cgroup leave, would not suffice for the range. Page cache
+ *	that a cgroup could give up counts as used.
  */
 enum mergemem_command {
 	MERGEMEM_CMD_UNSPEC,
