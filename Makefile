@@ -28,6 +28,23 @@ lint: ## all linters, sparse and checkpatch among them
 setup kmod test test-unit test-vm demo lint: | $(PYTHON)
 	@$(RIG) $@
 
+.PHONY: judges
+judges: | $(PYTHON) ## outside programs under reckless merging: KERNEL=6.12 JUDGES='--only sqlite'
+	@PYTHONDONTWRITEBYTECODE=1 $(PYTHON) -m tests.judges $(JUDGES)
+
+.PHONY: bench-kmod debug-kernel soak planted
+debug-kernel: | $(PYTHON) ## build the kernel that checks everything; KERNEL=debug runs it
+	@$(RIG) debug-kernel
+
+bench-kmod: | $(PYTHON) ## the cost of one merge against KSM, a few minutes a kernel; KERNEL=6.12
+	@$(RIG) bench-kmod
+
+soak: | $(PYTHON) ## suite and judges on the debug kernel for SOAK_MINUTES=20, then a report
+	@PYTHONDONTWRITEBYTECODE=1 $(PYTHON) -m tests.soak
+
+planted: | $(PYTHON) ## show that the debug kernel and the tests find planted bugs
+	@PYTHONDONTWRITEBYTECODE=1 $(PYTHON) -m tests.soak.planted
+
 .PHONY: vm sparse checkpatch format clean
 vm: | $(PYTHON) ## a command in the guest: KERNEL=6.12 CMD='uname -a'; a shell without CMD
 	@$(RIG) run

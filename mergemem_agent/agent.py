@@ -29,8 +29,9 @@ from mergemem_agent import __version__
 from mergemem_agent.budget import Budget
 from mergemem_agent.counts import ReloadState, Snapshot
 from mergemem_agent.error import MergememError
+from mergemem_agent.info import Limits
 from mergemem_agent.metrics import MetricsServer
-from mergemem_agent.module import Limits, Module, ModuleMissing, PermissionDenied
+from mergemem_agent.module import Module, ModuleMissing, PermissionDenied
 from mergemem_agent.notify import Notifier
 from mergemem_agent.pipeline import Pipeline
 from mergemem_agent.policy import PolicySet
@@ -281,6 +282,7 @@ class Agent:
             queue=self._pipeline.queue.state(),
             reload=self._reload,
             budget_percent=self._policies.agent.budget_percent,
+            max_shared_bytes=self._policies.agent.max_shared_bytes,
             user_seconds=usage.user,
             system_seconds=usage.system,
             module=info,

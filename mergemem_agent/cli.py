@@ -32,8 +32,8 @@ class Command:
 COMMANDS: Final = (
     Command("agent", "agent", "find and merge equal pages, by the policies, until stopped"),
     Command("estimate", "estimate", "dry run without the module: what merging would free"),
-    Command("merge", "oneshot", "merge equal pages of some processes, once", ("merge",)),
-    Command("unmerge", "oneshot", "give processes private pages again", ("unmerge",)),
+    Command("merge", "oneshot", "merge equal pages of some processes, once"),
+    Command("unmerge", "unmerge", "give processes, or all of them, private pages again"),
     Command("status", "status", "what module and agent are doing"),
     Command("policy", "explain", "check policy files; say which policy takes a process, and why"),
     Command("doctor", "doctor", "check kernel, module and permissions, and say what to do"),

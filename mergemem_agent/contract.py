@@ -17,7 +17,7 @@ from typing import Final
 import numpy as np
 
 FAMILY_NAME: Final = "mergemem"
-CONTRACT_VERSION: Final = 1
+CONTRACT_VERSION: Final = 2
 
 # Limits of one request. INFO reports those of the loaded module, and those count.
 MAX_PROCESSES: Final = 1024
@@ -27,6 +27,9 @@ DEPTH_STEP_BYTES: Final = 64
 DEPTH_FULL_BYTES: Final = 4096
 
 PAGE_BYTES: Final = 4096
+
+# In place of a candidate's group: the page is believed to be filled with zeros.
+GROUP_ZERO: Final = 0xFFFF_FFFF
 
 
 class Command(enum.IntEnum):
@@ -60,12 +63,22 @@ class Attribute(enum.IntEnum):
     RESULTS = 15
     UNMERGED = 16
     NEXT = 17
+    FLAGS = 18
+    SPLIT_PERCENT = 19
+    COUNT_ONLY = 20
 
 
 class Feature(enum.IntFlag):
     """enum mergemem_feature: what this load of the module does."""
 
     CROSS_UID = 1 << 0
+    SPLIT = 1 << 1
+
+
+class MergeFlag(enum.IntFlag):
+    """enum mergemem_merge_flag: how a MERGE request wants its pages merged."""
+
+    ANY_NODE = 1 << 0
 
 
 class ProcessFlag(enum.IntFlag):
@@ -106,6 +119,8 @@ class Result(enum.IntEnum):
     NOMEM = 12
     HUGE = 13
     ALONE = 14
+    ZEROED = 15
+    NODE = 16
 
 
 # struct mergemem_process
@@ -120,7 +135,7 @@ RECORD: Final = np.dtype(
         ("checksum", np.uint64),
         ("map_count", np.uint32),
         ("state", np.uint16),
-        ("reserved", np.uint16),
+        ("order", np.uint16),
     ]
 )
 
@@ -144,7 +159,9 @@ COUNTERS: Final = np.dtype(
         ("unmerged_pages", np.uint64),
         ("tlb_flushes", np.uint64),
         ("lru_drains", np.uint64),
-        ("results", np.uint64, (16,)),
+        ("results", np.uint64, (32,)),
+        ("split_folios", np.uint64),
+        ("split_failures", np.uint64),
     ]
 )
 

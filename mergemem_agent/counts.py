@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from mergemem_agent.contract import Result
-from mergemem_agent.module import Info
+from mergemem_agent.info import Info
 from mergemem_agent.scan import QueueState
 
 
@@ -26,6 +26,9 @@ class PolicyCounts:
     checksummed: int = 0
     settled: int = 0
     cpu_seconds: float = 0.0
+    zeroed: int = 0  # in whose place the zero page is now
+    capped: int = 0  # not nominated, as `max_shared` is reached
+    split_folios: int = 0  # huge pages and large folios that were split
 
 
 @dataclass(frozen=True)
@@ -36,6 +39,8 @@ class PolicyMemory:
     remembered_pages: int = 0
     merged_pages: int = 0
     saved_bytes: float = 0.0
+    shared_bytes: float = 0.0  # its part of the shared frames
+    max_shared_bytes: int | None = None
     zero_pages: int = 0
     huge_pages: int = 0
 
@@ -47,7 +52,11 @@ class Counts:
     policies: dict[str, PolicyCounts] = field(default_factory=dict)
     nominated: Counter[str] = field(default_factory=Counter)  # pages, by domain kind
     results: Counter[Result] = field(default_factory=Counter)  # candidates, by result
-    freed_pages: int = 0  # frames that merges have freed
+    # Frames that were freed: by merging small pages; by requests that split huge pages; and by
+    # putting the zero page in the place of others. Three figures, never one.
+    freed_pages: int = 0
+    split_freed_pages: int = 0
+    zero_freed_pages: int = 0
     errors: Counter[str] = field(default_factory=Counter)  # by stage
     cpu_seconds: dict[str, float] = field(default_factory=lambda: defaultdict(float))  # by stage
     rounds: int = 0
@@ -83,6 +92,7 @@ class Snapshot:
     queue: QueueState
     reload: ReloadState
     budget_percent: float
+    max_shared_bytes: int | None
     user_seconds: float
     system_seconds: float
     module: Info | None  # None: not loaded

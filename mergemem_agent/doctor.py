@@ -22,7 +22,7 @@ from mergemem_agent.policy_file import PolicyErrors, default_paths, load
 from mergemem_agent.quantity import format_size
 
 # As in tests/vm/kernels.toml and deploy/dkms.conf; a test compares them.
-SUPPORTED_KERNELS = ("6.1", "6.12")
+SUPPORTED_KERNELS = ("6.1", "6.12", "7.x")
 NEEDED_OPTIONS = (
     "CONFIG_MODULES",
     "CONFIG_MMU",
@@ -72,9 +72,10 @@ def examine(host: Host) -> Iterator[Finding]:
 
 def check_kernel(host: Host) -> Iterator[Finding]:
     """Version, page size and options: can the module exist here?"""
-    supported = ", ".join(f"{series}.x" for series in SUPPORTED_KERNELS)
+    supported = ", ".join(name if name[-1] == "x" else f"{name}.x" for name in SUPPORTED_KERNELS)
     release = host.kernel or "an unknown release"
-    if host.kernel_series in SUPPORTED_KERNELS:
+    series = host.kernel_series
+    if {series, series.partition(".")[0] + ".x"} & {*SUPPORTED_KERNELS}:
         yield ok("kernel", f"{release} is supported")
     else:
         yield problem(
@@ -287,9 +288,10 @@ def check_huge_pages(host: Host) -> Iterator[Finding]:
     if mode == "always":
         yield note(
             "huge pages",
-            "transparent huge pages are 'always' in use, and those are not merged yet",
-            "echo madvise > /sys/kernel/mm/transparent_hugepage/enabled, then restart the "
-            "services; 'mergemem estimate' tells what that would gain",
+            "transparent huge pages are 'always' in use; they are merged only by policies that "
+            "say so",
+            "say 'huge: split' in the policies of fleets that gain from it, which "
+            "'mergemem estimate' tells",
         )
     else:
         yield ok("huge pages", f"transparent huge pages: {mode or 'not there'}")

@@ -13,7 +13,15 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from mergemem_agent.error import PermissionDenied, ProcessGone
-from mergemem_agent.policy import Explanation, Policy, PolicyCheck, PolicySet, Verdict
+from mergemem_agent.policy import (
+    Explanation,
+    HugePages,
+    NumaNodes,
+    Policy,
+    PolicyCheck,
+    PolicySet,
+    Verdict,
+)
 from mergemem_agent.policy_file import DEFAULT_ROOT, default_paths, load
 from mergemem_agent.procfs import PAGE_BYTES, Mapping, Process, ProcFs
 from mergemem_agent.quantity import format_duration, format_percent, format_size
@@ -35,6 +43,7 @@ REFUSED_FLAGS = {
     "um": "watched by userfaultfd(2)",
     "uw": "watched by userfaultfd(2)",
     "ui": "watched by userfaultfd(2)",
+    "ur": "watched by userfaultfd(2)",
     "ss": "a shadow stack",
     "dp": "may be dropped at any time, MAP_DROPPABLE",
 }
@@ -119,11 +128,22 @@ def describe(paths: Sequence[Path], policies: PolicySet) -> Iterator[str]:
 def _effect(policy: Policy) -> str:
     if not policy.merge:
         return "never merged"
-    undumpable = ", undumpable processes too" if policy.include_undumpable else ""
-    return (
-        f"domain {policy.domain.value}, budget {format_percent(policy.budget_percent)}, "
-        f"settle {format_duration(policy.settle_seconds)}{undumpable}"
-    )
+    parts = [
+        f"domain {policy.domain.value}",
+        f"budget {format_percent(policy.budget_percent)}",
+        f"settle {format_duration(policy.settle_seconds)}",
+        "zero pages too" if policy.zero_pages else "no zero pages",
+        "huge pages stay whole"
+        if policy.huge is HugePages.SKIP
+        else f"huge pages split from {format_percent(policy.split_percent)} on",
+    ]
+    if policy.numa is NumaNodes.ANY:
+        parts.append("across NUMA nodes")
+    if policy.max_shared_bytes is not None:
+        parts.append(f"at most {format_size(policy.max_shared_bytes)} of shared pages")
+    if policy.include_undumpable:
+        parts.append("undumpable processes too")
+    return ", ".join(parts)
 
 
 # --- explain -------------------------------------------------------------------------------------
@@ -143,6 +163,8 @@ def explain(
     yield from _describe_checks(policies, explanation)
     yield ""
     yield f"verdict: {_verdict(explanation, dumpable)}"
+    if explanation.winner and explanation.winner.merge:
+        yield f"how: {_effect(explanation.winner)}"
     if process.kernel_thread:
         return
     yield ""

@@ -149,14 +149,14 @@ def _huge_page_hints(
         if huge_bytes:
             yield (
                 f"{format_size(huge_bytes)} of these processes' memory is in huge pages, which "
-                "are not merged yet, but could not be told apart from the rest here."
+                "are merged only with 'huge: split' in their policy, but could not be told apart "
+                "from the rest here."
             )
     elif census.total.huge_duplicates * 20 > census.total.frames:
         yield (
             f"{format_size(census.total.huge_duplicates * PAGE_BYTES)} more are duplicates within "
-            "huge pages, which are not merged yet: with 'madvise' in "
-            "/sys/kernel/mm/transparent_hugepage/enabled, processes that start from then on get "
-            "small pages unless they ask for huge ones."
+            "huge pages: 'huge: split' in the policy of these processes merges most of them, and "
+            "splits the huge pages that hold them."
         )
 
 

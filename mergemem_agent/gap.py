@@ -44,7 +44,7 @@ _EFFECTS = {
         "bytes at equal addresses"
     ),
     Limit.FRAME_FLAGS: (
-        "/proc/kpageflags cannot be read or used: pages in huge pages, which are not merged yet, "
+        "/proc/kpageflags cannot be read or used: pages in huge pages "
         "and pages that KSM has merged count as ordinary ones"
     ),
     Limit.KSM_FLAG: (

@@ -12,7 +12,9 @@ Memory. All words of n pages are 8 n bytes and stay where they are (8.2 n with a
 them). A chunk is a 128th of them, or 8,192 pages where that is more. While it is worked on it takes
 12 bytes a page for words and places, 8 for the keys, and up to 130 for what becomes of them when
 each page is in a group: 150 / 128 = 1.2 bytes. Sum: 9.4 n; the limit is 10 n. 64 GiB of memory in
-4 KiB pages take 158 MB at most. `python -m tests.bench.index_memory` measures it.
+4 KiB pages take 158 MB at most. Where huge pages are to be split, their tally (huge.py) takes 2
+bytes more for each of their blocks, and 40 for each region: 0.1 n, or 0.2 n with folios of 64 KiB
+and less. `python -m tests.bench.index_memory` measures it.
 
 Time. Sorting costs about 80 ns a page, picking 128 shares out of all words about 150 ns: a fifth of
 what the two checksums of the page have cost before.
@@ -21,7 +23,7 @@ what the two checksums of the page have cost before.
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Final
 
 import numpy as np
@@ -29,9 +31,11 @@ import numpy as np
 from mergemem_agent.region import (
     CHECKSUM_BITS,
     FULL,
+    HUGE,
     MANY_MAPPINGS,
     MERGED,
     SETTLED,
+    ZERO,
     Regions,
     map_count_of,
     page_of,
@@ -55,18 +59,25 @@ NOMINATED: Final = np.dtype(
         ("anchor", np.bool_),
         ("map_count", np.uint8),
         ("number", np.uint64),  # of the region: address >> 21
-        ("group", np.uint32),
+        ("group", np.uint32),  # contract.GROUP_ZERO: filled with zeros, in no group
+        ("order", np.uint8),  # of the folio that must be split first; 0: a small page
     ]
 )
 
 _U64 = np.uint64
 
+# Is shown words, the place of each, and the number of the group of equal ones that it is in.
+Witness = Callable[[Array, Array, Array], None]
 
-def nominate(processes: Sequence[Regions]) -> Iterator[Array]:
+
+def nominate(processes: Sequence[Regions], witness: Witness | None = None) -> Iterator[Array]:
     """Yield arrays of NOMINATED, each with whole groups, over all equal pages of one domain.
 
     Groups come in the order of their pages' addresses. Between two arrays anything may be done to
     the regions: what was marked or scanned meanwhile is seen in the shares that follow.
+
+    Pages of huge pages are not nominated here, as one alone must not split a huge page. With a
+    `witness` they are searched, too, and it is shown all groups that are worth a merge (huge.py).
     """
     pages = sum(regions.pages for regions in processes)
     share_bits = 1
@@ -77,10 +88,10 @@ def nominate(processes: Sequence[Regions]) -> Iterator[Array]:
     chunk = _Chunk(max(MIN_CHUNK_PAGES, (pages >> share_bits) * 5 // 4))
     for share in range(1 << share_bits):
         places = _Places(processes)
-        for part in places.search(share, share_bits):
+        for part in places.search(share, share_bits, huge=witness is not None):
             for full in chunk.fill(part):
-                yield from _nominated(full, share_bits, places)
-        yield from _nominated(chunk.take(), share_bits, places)
+                yield from _nominated(full, share_bits, places, witness)
+        yield from _nominated(chunk.take(), share_bits, places, witness)
 
 
 class _Chunk:
@@ -121,9 +132,10 @@ class _Places:
         self._numbers = [regions.rows["number"].copy() for regions in processes]
         self._starts = np.cumsum([0, *map(len, self._words)])
 
-    def search(self, share: int, share_bits: int) -> Iterator[tuple[Array, Array]]:
+    def search(self, share: int, share_bits: int, huge: bool) -> Iterator[tuple[Array, Array]]:
         """Yield the words of one share that may be nominated, and the place of each."""
         wanted = _U64(SETTLED | MERGED)
+        unwanted = _U64(ZERO if huge else ZERO | HUGE)
         head_mask, head = 0xFF << (8 - share_bits) & 0xFF, share << (8 - share_bits)
         for start, process in zip(self._starts.tolist(), self._words, strict=False):
             for first in range(0, len(process), _REGIONS_AT_ONCE):
@@ -133,7 +145,8 @@ class _Places:
                 # Looking at one byte of each word is several times faster than at all eight.
                 heads = np.frombuffer(joined, dtype=np.uint8)[_HIGHEST_BYTE::8]
                 (positions,) = np.nonzero(heads & head_mask == head)
-                positions = positions[words[positions] & wanted != 0]
+                found = words[positions]
+                positions = positions[(found & wanted != 0) & (found & unwanted == 0)]
                 ends = np.cumsum([len(blob) // 8 for blob in blobs])
                 places = np.searchsorted(ends, positions, side="right") + (start + first)
                 yield words[positions], places.astype(np.uint32)
@@ -148,11 +161,17 @@ class _Places:
         return processes, numbers
 
 
-def _nominated(content: tuple[Array, Array], share_bits: int, places: _Places) -> Iterator[Array]:
+def _nominated(
+    content: tuple[Array, Array], share_bits: int, places: _Places, witness: Witness | None
+) -> Iterator[Array]:
     """Yield the pages of one chunk that are worth a merge, if any, as NOMINATED."""
     words, place = content
-    members, groups = _equal(words, share_bits)
-    members, groups, anchors = _gainful(words, members, groups)
+    members, groups = equal(words, share_bits)
+    if witness:
+        _show(witness, words, place, members, groups)
+        small = words[members] & _U64(HUGE) == 0
+        members, groups = members[small], groups[small]
+    members, groups, anchors = gainful(words, members, groups)
     if len(members):
         nominated = np.empty(len(members), dtype=NOMINATED)
         nominated["process"], nominated["number"] = places.locate(place[members])
@@ -160,14 +179,22 @@ def _nominated(content: tuple[Array, Array], share_bits: int, places: _Places) -
         nominated["map_count"] = map_count_of(words[members])
         nominated["anchor"] = anchors
         nominated["group"] = groups
+        nominated["order"] = 0
         yield _in_order_of_addresses(nominated)
 
 
-def _equal(words: Array, share_bits: int) -> tuple[Array, Array]:
+def _show(witness: Witness, words: Array, place: Array, members: Array, groups: Array) -> None:
+    """Show a witness the groups that would be worth a merge if huge pages were split."""
+    members, groups, _ = gainful(words, members, groups)
+    if len(members):
+        witness(words[members], place[members], groups)
+
+
+def equal(words: Array, share_bits: int) -> tuple[Array, Array]:
     """Return the positions of words whose checksum another one has too, and their groups' numbers.
 
     Groups are numbered from 0 in the order of checksums, and their members are neighbours. No bit
-    of a checksum is lost in a chunk of less than 2**(21 + share_bits) pages, and those that are
+    of a checksum is lost in a chunk of less than 2**(22 + share_bits) pages, and those that are
     lost in a larger one cost some comparisons in the kernel.
     """
     position_bits = _U64(len(words).bit_length())
@@ -188,7 +215,7 @@ def _equal(words: Array, share_bits: int) -> tuple[Array, Array]:
     return positions, groups
 
 
-def _gainful(words: Array, members: Array, groups: Array) -> tuple[Array, Array, Array]:
+def gainful(words: Array, members: Array, groups: Array) -> tuple[Array, Array, Array]:
     """Return those members whose merge frees frames, their groups, and which ones are anchors.
 
     A frame is freed when all its mappings are replaced. Of c pages of a group that say that their

@@ -3,13 +3,14 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Final
 
 import numpy as np
 
-from mergemem_agent.contract import CANDIDATE, PAGE_BYTES, Result
+from mergemem_agent.contract import CANDIDATE, GROUP_ZERO, PAGE_BYTES, Result
 from mergemem_agent.region import REGION_SHIFT
 
 Array = np.ndarray[Any, np.dtype[Any]]
@@ -22,6 +23,18 @@ class Request:
     processes: tuple[int, ...]
     candidates: Array  # contract.CANDIDATE
     nominated: Array  # index.NOMINATED, one for each candidate
+    split_percent: int | None = None  # it may split huge pages of which it holds so much
+
+    @property
+    def groups(self) -> Array:
+        """The group of each candidate; -1 of those that are in none, as they are zeros."""
+        groups = self.candidates["group"].astype(np.int64)
+        groups[groups == GROUP_ZERO] = -1
+        return groups
+
+    def only(self, chosen: Array) -> Request:
+        """Return a request for some of the candidates, whole groups of them."""
+        return _request(self.nominated[chosen], self.split_percent)
 
 
 # What each result means for the page that got it, beyond being counted.
@@ -36,24 +49,33 @@ def requests(nominated: Array, max_candidates: int, max_processes: int) -> Itera
     """
     if min(max_candidates, max_processes) < 2:
         raise ValueError("a request must hold at least two candidates and processes")
-    pieces = [
-        piece
-        for group in np.split(nominated, _starts(nominated)[1:])
-        for piece in _pieces(group, max_candidates, max_processes)
-    ]
-    held: list[Array] = []
-    pages, processes = 0, set[int]()
-    for piece in pieces:
-        wanted = set(np.unique(piece["process"]).tolist())
-        too_long = pages + len(piece) > max_candidates
-        if held and (too_long or len(processes | wanted) > max_processes):
-            yield _request(held)
-            held, pages, processes = [], 0, set()
-        held.append(piece)
-        pages += len(piece)
-        processes |= wanted
-    if held:
-        yield _request(held)
+    starts = [*_starts(nominated).tolist(), len(nominated)]
+    # Processes are counted group by group only where there are that many of them.
+    many = len(np.unique(nominated["process"])) > max_processes
+    first = 0
+    while first < len(starts) - 1:
+        end = bisect_right(starts, starts[first] + max_candidates) - 1
+        if many:
+            end = _with_few_processes(nominated, starts, first, end, max_processes)
+        if end > first:
+            yield _request(nominated[starts[first] : starts[end]])
+            first = end
+        else:
+            group = nominated[starts[first] : starts[first + 1]]
+            yield from map(_request, _pieces(group, max_candidates, max_processes))
+            first += 1
+
+
+def _with_few_processes(
+    nominated: Array, starts: list[int], first: int, end: int, max_processes: int
+) -> int:
+    """Return how far the groups from `first` on, before `end`, are of so few processes."""
+    processes = set[int]()
+    for group in range(first, end):
+        processes.update(nominated["process"][starts[group] : starts[group + 1]].tolist())
+        if len(processes) > max_processes:
+            return group
+    return end
 
 
 def _starts(nominated: Array) -> Array:
@@ -66,9 +88,6 @@ def _pieces(group: Array, max_candidates: int, max_processes: int) -> Iterator[A
     A group without an anchor gets one in its first piece, whose first page is merged by the time
     when the next piece is sent.
     """
-    if len(group) <= max_candidates and len(np.unique(group["process"])) <= max_processes:
-        yield group
-        return
     anchor, others = group[:1], group[1:]
     # Ascending by process, a piece of so many pages never has more processes than pages.
     others = others[np.argsort(others["process"], kind="stable")]
@@ -79,16 +98,21 @@ def _pieces(group: Array, max_candidates: int, max_processes: int) -> Iterator[A
         yield np.concatenate([anchor, others[first : first + step]])
 
 
-def _request(pieces: list[Array]) -> Request:
-    nominated = np.concatenate(pieces)
+def request_for(pieces: list[Array], split_percent: int | None = None) -> Request:
+    """Return one request for some groups; zero-filled pages are one of them."""
+    return _request(np.concatenate(pieces), split_percent)
+
+
+def _request(nominated: Array, split_percent: int | None = None) -> Request:
     processes, index = np.unique(nominated["process"], return_inverse=True)
     candidates = np.empty(len(nominated), dtype=CANDIDATE)
     address = nominated["number"] << np.uint64(REGION_SHIFT)
     candidates["address"] = address + nominated["page"].astype(np.uint64) * np.uint64(PAGE_BYTES)
     candidates["process"] = index
     # Pieces of one group are groups of their own to the kernel, which finds the anchor in each.
-    candidates["group"] = np.repeat(np.arange(len(pieces)), [len(piece) for piece in pieces])
-    return Request(tuple(processes.tolist()), candidates, nominated)
+    groups = np.cumsum(np.diff(nominated["group"].astype(np.int64), prepend=-1) != 0) - 1
+    candidates["group"] = np.where(nominated["group"] == GROUP_ZERO, GROUP_ZERO, groups)
+    return Request(tuple(processes.tolist()), candidates, nominated, split_percent)
 
 
 def freed_frames(request: Request, results: Array) -> int:
@@ -96,11 +120,56 @@ def freed_frames(request: Request, results: Array) -> int:
 
     The same count as in index.py, over the pages that were merged now: a frame that m mappings
     shared is free when all m were replaced, and a group without an anchor has taken a new one.
+    Zero-filled pages are not among them: see zero_freed_frames().
     """
     merged = (results == Result.SUCCESS) & ~request.nominated["anchor"]
-    groups = request.candidates["group"].astype(np.int64)
+    groups = request.groups
     kinds, counts = np.unique(
         groups[merged] << 8 | request.nominated["map_count"][merged], return_counts=True
     )
-    anchored = np.isin(np.unique(groups[merged]), groups[request.nominated["anchor"]])
-    return int((counts // (kinds & 0xFF)).sum()) - int(np.count_nonzero(~anchored))
+    return int((counts // (kinds & 0xFF)).sum()) - len(new_frames(request, results))
+
+
+def new_frames(request: Request, results: Array) -> Array:
+    """Return the groups for which the kernel has made a new shared frame."""
+    groups = request.groups
+    merged = np.unique(groups[(results == Result.SUCCESS) & ~request.nominated["anchor"]])
+    return np.setdiff1d(merged, groups[request.nominated["anchor"]])
+
+
+def zero_freed_frames(request: Request, results: Array) -> int:
+    """Return how many frames were freed because the kernel's zero page has taken their place."""
+    map_counts = request.nominated["map_count"][results == Result.ZEROED]
+    kinds, counts = np.unique(map_counts, return_counts=True)
+    return int((counts // np.maximum(kinds, 1)).sum())
+
+
+def mappings_now(request: Request, results: Array) -> Array:
+    """Return for each candidate that was merged how many mappings its frame has by now, else 0.
+
+    As far as the request tells; the next look counts them all.
+    """
+    groups, anchor = request.groups, request.nominated["anchor"]
+    merged = (results == Result.SUCCESS) & ~anchor
+    sizes = np.bincount(groups[merged], minlength=len(groups))
+    before = np.bincount(
+        groups[anchor], weights=request.nominated["map_count"][anchor], minlength=len(groups)
+    )
+    return np.where(merged, (sizes + before)[groups], 0)
+
+
+def split_folios(request: Request, results: Array) -> int:
+    """Return how many huge pages and large folios a request has split.
+
+    One that fork shares is seen in each process, at the same address: it counts once.
+    """
+    nominated = request.nominated
+    split = (nominated["order"] > 0) & np.isin(results, [Result.SUCCESS, Result.ZEROED])
+    pages = nominated[split]
+    seen = np.empty(len(pages), dtype=[("number", "u8"), ("block", "u2"), ("map_count", "u1")])
+    seen["number"], seen["map_count"] = pages["number"], pages["map_count"]
+    seen["block"] = pages["page"] >> pages["order"]
+    folios: dict[tuple[int, ...], set[int]] = {}
+    for folio, process in zip(seen.tolist(), pages["process"].tolist(), strict=True):
+        folios.setdefault(folio, set()).add(process)
+    return sum(-(-len(owners) // max(1, folio[-1])) for folio, owners in folios.items())

@@ -1,28 +1,27 @@
 # SPDX-License-Identifier: MIT
-"""`mergemem merge PID...` and `mergemem unmerge PID...`: once, now, without agent or policy."""
+"""`mergemem merge PID...`: once, now, without agent or policy."""
 
 from __future__ import annotations
 
 import argparse
-import sys
-from collections import Counter
-from collections.abc import Iterator, Sequence
-from typing import Any, Final
+from collections.abc import Sequence
+from typing import Final
 
 import numpy as np
 
+from mergemem_agent import outcome
 from mergemem_agent.contract import PAGE_BYTES, Result
+from mergemem_agent.counts import Counts
 from mergemem_agent.error import MergememError
-from mergemem_agent.index import nominate
-from mergemem_agent.merge import freed_frames, requests
-from mergemem_agent.module import Limits, Module, NoSuchProcess
-from mergemem_agent.policy import DomainKind, Policy, Selector
+from mergemem_agent.info import Limits
+from mergemem_agent.merge import Request
+from mergemem_agent.module import Module, NoSuchProcess
+from mergemem_agent.policy import DomainKind, HugePages, NumaNodes, Policy, Selector
 from mergemem_agent.procfs import Process, ProcFs
-from mergemem_agent.region import REGION_PAGES, REGION_SHIFT
 from mergemem_agent.scan import SLICE_REGIONS, Slice, look, region_numbers
+from mergemem_agent.search import search
 from mergemem_agent.targets import Target
-
-Array = np.ndarray[Any, np.dtype[Any]]
+from mergemem_agent.zero import zero_requests
 
 MEANING: Final = {
     Result.SUCCESS: "merged",
@@ -38,39 +37,64 @@ MEANING: Final = {
     Result.REFUSED: "of a kind that is never merged",
     Result.DOMAIN: "belongs to another user than its group",
     Result.NOMEM: "no memory for a shared page, or max_shared_bytes is reached",
-    Result.HUGE: "part of a huge page",
+    Result.HUGE: "part of a huge page that stays whole, or could not be split",
     Result.ALONE: "fine, but no other page of its group was",
+    Result.ZEROED: "zeros, replaced by the kernel's zero page",
+    Result.NODE: "on another NUMA node than its group",
 }
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Run `merge` or `unmerge`, which the first argument says."""
-    command, *rest = arguments
-    given = _parser(command).parse_args(rest)
+    """Run the command."""
+    given = _parser().parse_args(arguments)
+    policy = Policy(
+        name="merge",
+        select=Selector(),
+        domain=DomainKind(given.domain),
+        settle_seconds=0,
+        include_undumpable=given.undumpable,
+        zero_pages=given.zero_pages,
+        huge=HugePages(given.huge),
+        numa=NumaNodes(given.numa),
+    )
     with Module() as module:
-        processes = [_process(pid) for pid in dict.fromkeys(given.pids)]
-        if command == "merge":
-            return _merge(module, processes, DomainKind(given.domain), given.undumpable)
-        return _unmerge(module, processes, given.undumpable)
+        return _merge(module, [_process(pid) for pid in dict.fromkeys(given.pids)], policy)
 
 
-def _parser(command: str) -> argparse.ArgumentParser:
-    sentence = {
-        "merge": "Merge equal anonymous pages of the named processes, once.",
-        "unmerge": "Give the named processes private pages in place of all merged ones.",
-    }[command]
-    parser = argparse.ArgumentParser(prog=f"mergemem {command}", description=sentence)
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="mergemem merge",
+        description="Merge equal anonymous pages of the named processes, once.",
+    )
     parser.add_argument("pids", metavar="PID", type=int, nargs="+", help="a process")
     parser.add_argument(
         "--undumpable", action="store_true", help="take processes that are not dumpable too"
     )
-    if command == "merge":
-        parser.add_argument(
-            "--domain",
-            choices=[kind.value for kind in DomainKind],
-            default=DomainKind.USER_AND_CGROUP.value,
-            help="who may share pages with whom; policy, host: all; default: %(default)s",
-        )
+    parser.add_argument(
+        "--domain",
+        choices=[kind.value for kind in DomainKind],
+        default=DomainKind.USER_AND_CGROUP.value,
+        help="who may share pages with whom; policy, host: all; default: %(default)s",
+    )
+    parser.add_argument(
+        "--huge",
+        choices=[kind.value for kind in HugePages],
+        default=HugePages.SKIP.value,
+        help="what to do with huge pages of which 25%% or more are equal to others; "
+        "default: %(default)s",
+    )
+    parser.add_argument(
+        "--numa",
+        choices=[kind.value for kind in NumaNodes],
+        default=NumaNodes.LOCAL.value,
+        help="whether pages of different NUMA nodes may share; default: %(default)s",
+    )
+    parser.add_argument(
+        "--no-zero-pages",
+        dest="zero_pages",
+        action="store_false",
+        help="leave pages that are filled with zeros as they are",
+    )
     return parser
 
 
@@ -83,33 +107,45 @@ def _process(pid: int) -> Process:
     return process
 
 
-# --- merge -----------------------------------------------------------------------------------
-
-
-def _merge(module: Module, processes: Sequence[Process], kind: DomainKind, undumpable: bool) -> int:
-    policy = Policy(
-        name="merge",
-        select=Selector(),
-        domain=kind,
-        settle_seconds=0,
-        include_undumpable=undumpable,
-    )
+def _merge(module: Module, processes: Sequence[Process], policy: Policy) -> int:
     limits = module.info().limits
     targets = [
         Target(process.id, policy, policy.domain_of(process), process.anonymous_bytes)
         for process in processes
     ]
+    counts = Counts()
+    _merge_equal(module, targets, limits, counts)
+    if any(of_policy.split_folios for of_policy in counts.policies.values()):
+        # Of each huge page a request holds only so much; the rest are small pages now.
+        _merge_equal(module, targets, limits, counts)
+    memories = [target.regions for target in targets]
+    for request in zero_requests(memories, limits.max_candidates, limits.max_processes):
+        _send(module, targets, request, counts)
+    _report(targets, counts)
+    return 0
+
+
+def _merge_equal(module: Module, targets: Sequence[Target], limits: Limits, counts: Counts) -> None:
     for target in targets:
         _scan(module, target, limits)
-    results: Counter[Result] = Counter()
-    freed = 0
-    for domain in dict.fromkeys(target.domain for target in targets):
-        members = [target for target in targets if target.domain == domain]
-        for result, frames in _merge_domain(module, members, limits):
-            results.update(result)
-            freed += frames
-    _report(targets, results, freed)
-    return 0
+    for pool in dict.fromkeys(target.pool for target in targets):
+        members = [target for target in targets if target.pool == pool]
+        for request in search([target.regions for target in members], pool.rules, limits):
+            _send(module, members, request, counts)
+
+
+def _send(module: Module, targets: Sequence[Target], request: Request, counts: Counts) -> None:
+    named = [targets[index].process for index in request.processes]
+    policy = targets[0].policy
+    results = module.merge(
+        named,
+        request.candidates,
+        named if policy.include_undumpable else (),
+        any_node=policy.rules.any_node,
+        split_percent=request.split_percent,
+    )
+    outcome.count(counts, targets, request, results)
+    outcome.remember(targets, request, results)
 
 
 def _scan(module: Module, target: Target, limits: Limits) -> None:
@@ -130,59 +166,26 @@ def _scan(module: Module, target: Target, limits: Limits) -> None:
     target.regions.settle()
 
 
-def _merge_domain(
-    module: Module, targets: Sequence[Target], limits: Limits
-) -> Iterator[tuple[list[Result], int]]:
-    for nominated in nominate([target.regions for target in targets]):
-        for request in requests(nominated, limits.max_candidates, limits.max_processes):
-            named = [targets[index].process for index in request.processes]
-            allowed = named if targets[0].policy.include_undumpable else ()
-            results = module.merge(named, request.candidates, allowed)
-            yield [Result(code) for code in results.tolist()], freed_frames(request, results)
-
-
-def _report(targets: Sequence[Target], results: Counter[Result], freed: int) -> None:
+def _report(targets: Sequence[Target], counts: Counts) -> None:
     pages = sum(target.regions.pages for target in targets)
     domains = len({target.domain for target in targets})
     print(
         f"{pages} pages of {len(targets)} processes in {domains} "
-        f"domain{'s' if domains > 1 else ''}, {results.total()} nominated"
+        f"domain{'s' if domains > 1 else ''}, {counts.results.total()} nominated"
     )
     for result in Result:
-        if results[result]:
-            print(f"  {result.name.lower():<10} {results[result]:>10}  {MEANING[result]}")
-    print(f"freed {freed} pages, {freed * PAGE_BYTES / 2**20:.1f} MiB")
-
-
-# --- unmerge ---------------------------------------------------------------------------------
-
-
-def _unmerge(module: Module, processes: Sequence[Process], undumpable: bool) -> int:
-    for process in processes:
-        pages = sum(
-            _unmerge_range(module, process, start, end, undumpable)
-            for start, end in _ranges(process)
+        if counts.results[result]:
+            print(f"  {result.name.lower():<10} {counts.results[result]:>10}  {MEANING[result]}")
+    print(f"freed {_size(counts.freed_pages)}")
+    folios = sum(policy.split_folios for policy in counts.policies.values())
+    if folios:
+        print(
+            f"split {folios} huge pages and large folios, which freed "
+            f"{_size(counts.split_freed_pages)}"
         )
-        print(f"process {process.id.pid}: {pages} pages are private again")
-    return 0
+    if counts.zero_freed_pages:
+        print(f"and {_size(counts.zero_freed_pages)} that were zeros")
 
 
-def _unmerge_range(module: Module, process: Process, start: int, end: int, undumpable: bool) -> int:
-    pages = 0
-    while start < end:
-        done = module.unmerge(process.id, start, (end - start) // PAGE_BYTES, undumpable)
-        pages += done.pages
-        if done.next_address <= start:
-            print(f"mergemem: no progress at address {start:#x}", file=sys.stderr)
-            break
-        start = done.next_address
-    return pages
-
-
-def _ranges(process: Process) -> Iterator[tuple[int, int]]:
-    """Yield the addresses of neighbouring regions that hold anonymous mappings."""
-    numbers = region_numbers(ProcFs().mappings(process.id.pid))
-    for run in np.split(numbers, np.flatnonzero(np.diff(numbers) != 1) + 1):
-        if len(run):
-            start = int(run[0]) << REGION_SHIFT
-            yield start, start + len(run) * REGION_PAGES * PAGE_BYTES
+def _size(pages: int) -> str:
+    return f"{pages} pages, {pages * PAGE_BYTES / 2**20:.1f} MiB"

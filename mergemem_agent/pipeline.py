@@ -2,7 +2,9 @@
 """The stages of mergemem in order. Pipeline.round() is the function to read first.
 
     page fault ─► hint ─► scan queue ─► checksum ─► candidate index ─► merge ─► metrics
-                          scan.py       kmod/       index.py           kmod/    metrics.py
+                          scan.py       kmod/       search.py          kmod/    metrics.py
+                                                    (index, huge)
+                                       zero-filled pages ─► zero.py ──►
 
 Work is done in slices, and `pace` is called after each: it sleeps as the budget demands, and may
 end the round there and then by an exception, since each slice leaves everything in order.
@@ -13,20 +15,21 @@ from __future__ import annotations
 import logging
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from typing import Any, Final
 
 import numpy as np
 
+from mergemem_agent import outcome
 from mergemem_agent.budget import Budget
-from mergemem_agent.contract import Result
+from mergemem_agent.cap import Caps
+from mergemem_agent.contract import PAGE_BYTES, Result
 from mergemem_agent.counts import Counts, PolicyMemory
-from mergemem_agent.index import nominate
-from mergemem_agent.merge import GONE, JOINED, Request, freed_frames, requests
+from mergemem_agent.info import Limits
+from mergemem_agent.merge import GONE, Request
 from mergemem_agent.module import (
     AccessDenied,
     Busy,
-    Limits,
     Module,
     ModuleFailure,
     ModuleMissing,
@@ -35,9 +38,11 @@ from mergemem_agent.module import (
 )
 from mergemem_agent.policy import PolicySet
 from mergemem_agent.procfs import ProcFs
-from mergemem_agent.region import FULL, MERGED, SETTLED, Regions
+from mergemem_agent.region import Regions
 from mergemem_agent.scan import Hint, ScanQueue, Slice, look
-from mergemem_agent.targets import Target, Targets
+from mergemem_agent.search import search
+from mergemem_agent.targets import Pool, Target, Targets
+from mergemem_agent.zero import zero_requests
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
@@ -71,8 +76,9 @@ class Pipeline:
         self._budget = budget
         self._pace = pace
         self._hints = hints
-        self._settled: Counter[str] = Counter()  # pages since the last search, by domain
-        self._searched: dict[str, float] = {}
+        self._settled: Counter[Pool] = Counter()  # pages since the last search
+        self._searched: dict[Pool, float] = {}
+        self._zeros = False  # some have settled
         self._synced = -float("inf")
         self._no_memory_until = 0.0
         self._no_memory_seconds = NOMEM_SECONDS
@@ -83,15 +89,16 @@ class Pipeline:
         self.queue.take_hints(self._hints())
         while not self._sync_is_due() and (work := self.queue.next(self._may_spend)):
             self._scan(module, limits, work)
-        for domain in self._domains_to_search():
-            targets, settled = self.targets.domain(domain), self._settled[domain]
-            for nominated in nominate([target.regions for target in targets]):
+        self._replace_zeros(module, limits)
+        for pool in self._pools_to_search():
+            targets, settled = self.targets.pool(pool), self._settled[pool]
+            caps = Caps(self.targets.policies, self.memory())
+            for request in search([target.regions for target in targets], pool.rules, limits):
                 self._done("index", targets[0])
-                for request in requests(nominated, limits.max_candidates, limits.max_processes):
-                    self._merge(module, targets, request)
+                self._merge_within(caps, module, targets, request)
             self._done("index", targets[0])
-            self._searched[domain] = time.monotonic()
-            self._settled[domain] -= settled
+            self._searched[pool] = time.monotonic()
+            self._settled[pool] -= settled
         self.counts.rounds += 1
 
     def find_targets(self) -> None:
@@ -113,17 +120,23 @@ class Pipeline:
         for target in self.targets:
             target.regions, target.mapped = Regions(), 0.0
         self._settled.clear()
+        self._zeros = False
 
     def memory(self) -> dict[str, PolicyMemory]:
         """Add up, by policy, what is remembered of the targets' memory."""
         totals = {policy.name: PolicyMemory() for policy in self.targets.policies.policies}
         for target in self.targets:
             total, rows = totals.get(target.policy.name, PolicyMemory()), target.regions.rows
+            merged = int(rows["merged"].sum())
+            saved_bytes = float(rows["saved_bytes"].sum(dtype=np.float64))
             totals[target.policy.name] = PolicyMemory(
                 targets=total.targets + 1,
                 remembered_pages=total.remembered_pages + target.regions.pages,
-                merged_pages=total.merged_pages + int(rows["merged"].sum()),
-                saved_bytes=total.saved_bytes + float(rows["saved_bytes"].sum(dtype=np.float64)),
+                merged_pages=total.merged_pages + merged,
+                saved_bytes=total.saved_bytes + saved_bytes,
+                # What a mapping does not save of its frame is its part of it.
+                shared_bytes=total.shared_bytes + max(0.0, merged * PAGE_BYTES - saved_bytes),
+                max_shared_bytes=target.policy.max_shared_bytes,
                 zero_pages=total.zero_pages + int(rows["zero"].sum()),
                 huge_pages=total.huge_pages + int(rows["huge"].sum()),
             )
@@ -168,75 +181,88 @@ class Pipeline:
             counts.scanned += seen.scanned
             counts.checksummed += seen.checksummed
             counts.settled += seen.settled
-            self._settled[target.domain] += seen.settled
+            self._settled[target.pool] += seen.settled
+            self._zeros |= seen.settled_zero > 0
         self._done("scan", target)
 
-    def _domains_to_search(self) -> list[str]:
+    def _pools_to_search(self) -> list[Pool]:
         now = time.monotonic()
         if now < self._no_memory_until:
             return []
-        pages: Counter[str] = Counter()
+        pages: Counter[Pool] = Counter()
         for target in self.targets:
-            pages[target.domain] += target.regions.pages
-        return [domain for domain in pages if self._worth_a_search(domain, pages[domain], now)]
+            pages[target.pool] += target.regions.pages
+        return [pool for pool in pages if self._worth_a_search(pool, pages[pool], now)]
 
-    def _worth_a_search(self, domain: str, pages: int, now: float) -> bool:
-        settled = self._settled[domain]
+    def _worth_a_search(self, pool: Pool, pages: int, now: float) -> bool:
+        settled = self._settled[pool]
         if not settled:
             return False
-        if settled * 8 >= pages or now - self._searched.get(domain, 0.0) >= INDEX_SECONDS:
+        if settled * 8 >= pages or now - self._searched.get(pool, 0.0) >= INDEX_SECONDS:
             return True
-        return pages <= settled * 256 + CHEAP_INDEX_PAGES and not self.queue.due_in(domain)
+        return pages <= settled * 256 + CHEAP_INDEX_PAGES and not self.queue.due_in(pool)
 
-    def _merge(self, module: Module, targets: list[Target], request: Request) -> None:
-        if time.monotonic() < self._no_memory_until:
+    def _replace_zeros(self, module: Module, limits: Limits) -> None:
+        """Have the zero page take the place of settled zero-filled pages, whoever owns them."""
+        if not self._zeros or time.monotonic() < self._no_memory_until:
             return
+        self._zeros = False
+        targets = [target for target in self.targets if target.policy.zero_pages]
+        memories = [target.regions for target in targets]
+        for request in zero_requests(memories, limits.max_candidates, limits.max_processes):
+            self._merge(module, targets, request)
+
+    def _merge_within(
+        self, caps: Caps, module: Module, targets: list[Target], request: Request
+    ) -> None:
+        """Merge as much of a request as the policies' caps let through."""
+        policies = [target.policy for target in targets]
+        allowed, capped = caps.trim(request, policies)
+        for name, pages in capped.items():
+            self.counts.policy(name).capped += pages
+        if capped:
+            if not allowed.any():
+                return
+            request = request.only(allowed)
+        results = self._merge(module, targets, request)
+        if results is not None:
+            caps.take(request, results, policies)
+
+    def _merge(self, module: Module, targets: list[Target], request: Request) -> Array | None:
+        """Send one request and take in its results; None: there are none."""
+        if time.monotonic() < self._no_memory_until:
+            return None
         named = [targets[index] for index in request.processes]
         undumpable = [t.process for t in named if t.policy.include_undumpable]
         self.counts.nominated[named[0].policy.domain.value] += len(request.candidates)
+        results = None
         try:
-            results = module.merge([t.process for t in named], request.candidates, undumpable)
+            results = module.merge(
+                [t.process for t in named],
+                request.candidates,
+                undumpable,
+                any_node=named[0].policy.rules.any_node,
+                split_percent=request.split_percent,
+            )
         except (ModuleMissing, PermissionDenied):
             raise
         except ModuleFailure as failure:
             self._failed("merge", f"a merge request was refused: {failure.message}")
         else:
-            self.counts.results.update(Result(code) for code in results.tolist())
-            self.counts.freed_pages += freed_frames(request, results)
-            self._remember(targets, request, results)
+            outcome.count(self.counts, targets, request, results)
+            outcome.remember(targets, request, results)
+            self._heed(targets, results)
         self._done("merge", named[0])
+        return results
 
-    def _remember(self, targets: list[Target], request: Request, results: Array) -> None:
-        """Let each result change what is remembered of its page.
-
-        A page that joined its group is an anchor for others from now on. One that failed, for
-        whatever reason, has to settle again: two more looks, with the back-off of its region. One
-        that met a full frame stays nominated, and that frame's pages stop being anchors.
-        """
-        pages = request.nominated
-        joined = np.isin(results, list(JOINED))
-        crowded = results == Result.MOREMAP
-        of_full_frame = joined & np.isin(
-            request.candidates["group"], request.candidates["group"][crowded]
-        )
-        self._mark(targets, pages[joined], MERGED | SETTLED, 0)
-        self._mark(targets, pages[of_full_frame], FULL, 0)
-        self._mark(targets, pages[~joined & ~crowded], 0, SETTLED)
-        if crowded.any():
-            self._settled[targets[0].domain] += int(np.count_nonzero(crowded))
-        self._revisit(targets, pages[results == Result.SUCCESS])
+    def _heed(self, targets: list[Target], results: Array) -> None:
+        """Let results change what is done next."""
+        crowded = int(np.count_nonzero(results == Result.MOREMAP))
+        if crowded:
+            self._settled[targets[0].pool] += crowded
         if np.isin(results, list(GONE)).any():
             self._synced = -float("inf")  # /proc tells who is gone
         self._rest_without_memory(results)
-
-    def _mark(self, targets: list[Target], pages: Array, set_flags: int, clear_flags: int) -> None:
-        for target, number, here in _by_region(targets, pages):
-            target.regions.mark(number, here["page"], set_flags, clear_flags)
-
-    def _revisit(self, targets: list[Target], pages: Array) -> None:
-        now = time.monotonic()
-        for target, number, _ in _by_region(targets, pages):
-            target.regions.revisit(number, now, target.policy.settle_seconds)
 
     def _rest_without_memory(self, results: Array) -> None:
         if (results == Result.NOMEM).any():
@@ -264,13 +290,3 @@ class Pipeline:
         self.counts.errors[stage] += 1
         level = logging.WARNING if self.counts.errors[stage] & 1023 == 1 else logging.DEBUG
         log.log(level, "%s: %s", stage, message)
-
-
-def _by_region(targets: list[Target], pages: Array) -> Iterator[tuple[Target, int, Array]]:
-    """Split nominated pages by the region in which they lie."""
-    if not len(pages):
-        return
-    pages = pages[np.lexsort((pages["number"], pages["process"]))]
-    new_region = (np.diff(pages["number"]) != 0) | (np.diff(pages["process"]) != 0)
-    for part in np.split(pages, np.flatnonzero(new_region) + 1):
-        yield targets[int(part["process"][0])], int(part["number"][0]), part

@@ -8,6 +8,7 @@ does, decides. A policy may decide that the process is left alone for good.
 
 import enum
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from mergemem_agent.cgroup_path import container_of
 from mergemem_agent.procfs import Process
@@ -19,7 +20,10 @@ __all__ = [
     "Explanation",
     "Glob",
     "GlobError",
+    "HugePages",
     "KeyCheck",
+    "MergeRules",
+    "NumaNodes",
     "Policy",
     "PolicyCheck",
     "PolicySet",
@@ -44,6 +48,27 @@ class DomainKind(enum.Enum):
     USER_AND_CGROUP = "user+cgroup"
 
 
+class HugePages(enum.Enum):
+    """What becomes of equal pages that are part of huge pages and large folios."""
+
+    SKIP = "skip"
+    SPLIT = "split"
+
+
+class NumaNodes(enum.Enum):
+    """Between which pages a frame may be shared, on a host with several NUMA nodes."""
+
+    LOCAL = "local"
+    ANY = "any"
+
+
+class MergeRules(NamedTuple):
+    """How pages are merged. A request to the kernel has one set of them, for all of its pages."""
+
+    split_percent: int | None = None  # least share of a huge page; None: huge pages stay whole
+    any_node: bool = False
+
+
 class Verdict(enum.Enum):
     """What one policy says of one process."""
 
@@ -63,8 +88,10 @@ class Policy:
     """One entry of a policy file.
 
     `budget_percent` is of one CPU; `settle_seconds` is how far apart two equal checksums of a page
-    must be. `source` is the "file:line" of the entry. With `merge` false its processes are left
-    alone for good, and all but the selectors is without meaning.
+    must be. `split_percent` is how much of a huge page must be worth merging before it is split;
+    `max_shared_bytes`, how much memory its shared pages may take (None: no cap). `source` is the
+    "file:line" of the entry. With `merge` false its processes are left alone for good, and all
+    but the selectors is without meaning.
     """
 
     name: str
@@ -76,6 +103,20 @@ class Policy:
     include_undumpable: bool = False
     source: str = ""
     merge: bool = True
+    zero_pages: bool = True
+    huge: HugePages = HugePages.SKIP
+    split_percent: int = 25
+    numa: NumaNodes = NumaNodes.LOCAL
+    max_shared_bytes: int | None = None
+
+    @property
+    def rules(self) -> MergeRules:
+        """How its pages are merged; with pages under other rules they never share."""
+        split = self.huge is HugePages.SPLIT
+        return MergeRules(
+            split_percent=self.split_percent if split else None,
+            any_node=self.numa is NumaNodes.ANY,
+        )
 
     def domain_of(self, process: Process) -> str:
         """Return the trust domain; pages merge only where these strings are equal.
@@ -113,6 +154,7 @@ class AgentSettings:
     metrics_address: str = "127.0.0.1"
     metrics_port: int = 9119
     rescan_seconds: float = 10.0
+    max_shared_bytes: int | None = None
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from mergemem_agent.error import MergememError
-from mergemem_agent.policy import AgentSettings, Policy, PolicySet
+from mergemem_agent.policy import AgentSettings, HugePages, Policy, PolicySet
 from mergemem_agent.policy_keys import AGENT_KEYS, POLICY_KEYS, SELECTOR_KEYS, Key
 from mergemem_agent.policy_schema import check_structure
 from mergemem_agent.policy_yaml import Diagnostic, Document, ValuePath, parse
@@ -26,6 +26,9 @@ DEFAULT_ROOT = Path("/etc/mergemem")
 
 _MAXIMUM_FILE_BYTES = 1 << 20
 _READ_ATTEMPTS = 5
+
+# Which keys say how to merge, and so say nothing where nothing is merged.
+_MERGE_KEYS = tuple(key for key in POLICY_KEYS if key not in ("name", "merge"))
 
 
 class PolicyErrors(MergememError):
@@ -186,7 +189,9 @@ class _Conversion:
         excludes = tuple(self.selector(item) for item in self.items((*path, "exclude")))
         arguments = self.mapping(path, POLICY_KEYS)
         if arguments.get("merge") is False:
-            self._refuse_without_effect(path)
+            self._refuse(path, _MERGE_KEYS, "merge: never")
+        elif arguments.get("huge") is not HugePages.SPLIT and (*path, "huge") not in self._bad:
+            self._refuse(path, ("split_share",), "huge: skip, the default")
         return arguments | {
             "select": self.selector((*path, "select")),
             "exclude": excludes,
@@ -213,10 +218,11 @@ class _Conversion:
                 self._document.complain(value_path, f"{name}: {error}")
         return arguments
 
-    def _refuse_without_effect(self, path: ValuePath) -> None:
-        for name in ("domain", "budget", "settle", "include_undumpable"):
+    def _refuse(self, path: ValuePath, names: Sequence[str], reason: str) -> None:
+        """Complain of keys that are given and have no effect."""
+        for name in names:
             if (*path, name) in self._document.places:
-                message = f"{name}: has no effect together with merge: never; remove one of them"
+                message = f"{name}: has no effect together with {reason}; remove one of them"
                 self._document.complain((*path, name), message, at_key=True)
 
     def _at(self, path: ValuePath) -> Any:

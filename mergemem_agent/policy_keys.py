@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from mergemem_agent.policy import DomainKind
+from mergemem_agent.policy import DomainKind, HugePages, NumaNodes
 from mergemem_agent.policy_schema import suggestion
 from mergemem_agent.quantity import parse_duration, parse_percent, parse_size
 from mergemem_agent.selector import Glob, User
@@ -33,11 +33,23 @@ def _within(parse_text: Callable[[str], float], least: str, most: str) -> Callab
     return parse_bounded
 
 
+def _within_size(least: str, most: str) -> Callable[[str], int]:
+    bounded = _within(parse_size, least, most)
+    return lambda text: int(bounded(text))
+
+
 def _regular_expression(text: str) -> re.Pattern[str]:
     try:
         return re.compile(text)
     except (re.error, OverflowError, RecursionError) as error:
         raise KeyValueError(f"{text!r} is no regular expression: {error}") from None
+
+
+def _whole_percent(text: str) -> int:
+    value = parse_percent(text)
+    if value != int(value) or not 1 <= value <= 100:
+        raise KeyValueError(f'{text!r} is out of range; allowed: whole percents, "1%" to "100%"')
+    return int(value)
 
 
 _MAXIMUM_UID = 2**32 - 2  # the one above stands for "no user"
@@ -87,11 +99,14 @@ class Key:
 
 _BUDGET = Key("budget_percent", _within(parse_percent, "0.1%", "100%"), has_unit=True)
 
+_MAX_SHARED = Key("max_shared_bytes", _within_size("1MiB", "1024TiB"), has_unit=True)
+
 AGENT_KEYS: Mapping[str, Key] = {
     "budget": _BUDGET,
     "metrics_address": Key("metrics_address", _address),
     "metrics_port": Key("metrics_port", int),
     "rescan": Key("rescan_seconds", _within(parse_duration, "1s", "1h"), has_unit=True),
+    "max_shared": _MAX_SHARED,
 }
 POLICY_KEYS: Mapping[str, Key] = {
     "name": Key("name", str),
@@ -100,6 +115,11 @@ POLICY_KEYS: Mapping[str, Key] = {
     "budget": _BUDGET,
     "settle": Key("settle_seconds", _within(parse_duration, "100ms", "1d"), has_unit=True),
     "include_undumpable": Key("include_undumpable", bool),
+    "zero_pages": Key("zero_pages", bool),
+    "huge": Key("huge", HugePages),
+    "split_share": Key("split_percent", _whole_percent, has_unit=True),
+    "numa": Key("numa", NumaNodes),
+    "max_shared": _MAX_SHARED,
 }
 SELECTOR_KEYS: Mapping[str, Key] = {
     "executable": Key("executable", Glob),

@@ -5,23 +5,24 @@ A region is a window of 2 MiB of one process's address space, aligned to 2 MiB: 
 table maps, and so what the kernel module can handle under one lock. Of a region the agent keeps
 one row of a table, and one word per page that had a checksum when it was last looked at:
 
-     63                    21 20        12 11         4 3     0
+     63                    22 21        13 12         5 4     0
     +------------------------+------------+------------+-------+
-    | checksum, upper 43 bit | page 0-511 | map count  | flags |
+    | checksum, upper 42 bit | page 0-511 | map count  | flags |
     +------------------------+------------+------------+-------+
 
 The word holds all that is needed between two looks (is the checksum still the same?), for the
 index (which pages have the same checksum?) and for nominating (how many frames would that free?).
 
-- 43 bits of checksum: among n pages, n * n / 2 / 2**43 pairs look equal and are not. That is
-  0.06 pairs among a million pages, 570 among 100 million (400 GB). Each costs one comparison in
+- 42 bits of checksum: among n pages, n * n / 2 / 2**42 pairs look equal and are not. That is
+  0.1 pairs among a million pages, 1,140 among 100 million (400 GB). Each costs one comparison in
   the kernel.
 - Map counts of 255 and more are kept as 255, which means "many".
 - Words of a region are kept in ascending order of pages, and pages without a word were absent,
-  swapped, huge, zero or of a kind that is never merged.
+  swapped, or of a kind that is never merged; so are, where the policy does not want them merged,
+  pages of huge pages and pages filled with zeros.
 
 Memory, for each region with n words: 8 * n, 33 bytes of Python's for the `bytes` that holds them,
-on average 8 more to align it, 8 in a list, and 58 in the table: 8.2 bytes per page in a full
+on average 8 more to align it, 8 in a list, and 48 in the table: 8.2 bytes per page in a full
 region, 9.1 in one with a hundred pages. A numpy array in place of the `bytes` would cost 112 more.
 """
 
@@ -40,16 +41,18 @@ REGION_PAGES: Final = 512
 REGION_SHIFT: Final = 21
 REGION_BYTES: Final = 1 << REGION_SHIFT
 
-CHECKSUM_SHIFT: Final = 21
+CHECKSUM_SHIFT: Final = 22
 CHECKSUM_BITS: Final = 64 - CHECKSUM_SHIFT
-_PAGE_SHIFT: Final = 12
-_MAP_COUNT_SHIFT: Final = 4
+_PAGE_SHIFT: Final = 13
+_MAP_COUNT_SHIFT: Final = 5
 MANY_MAPPINGS: Final = 255
 
 # Flags of a word.
 SETTLED: Final = 1 << 0  # two looks, far enough apart, saw the same checksum
 MERGED: Final = 1 << 1  # a merged page: others can join it
 FULL: Final = 1 << 2  # ... but its frame has as many mappings as it may have
+HUGE: Final = 1 << 3  # part of a huge page or large folio, which must be split first
+ZERO: Final = 1 << 4  # filled with zeros: equal to nobody's page but the kernel's own
 
 _WORD: Final = np.dtype(np.uint64)
 _CHECKSUM_MASK: Final = np.uint64(((1 << CHECKSUM_BITS) - 1) << CHECKSUM_SHIFT)
@@ -67,6 +70,8 @@ ROW: Final = np.dtype(
         ("huge", np.uint16),  # pages that are part of a huge page
         ("merged", np.uint16),  # merged pages
         ("saved_bytes", np.float32),  # what they save: 4096 * (1 - 1 / map count) for each
+        ("order", np.uint8),  # of the largest folio with pages here; 9: a huge page
+        ("split", np.float32),  # when a huge page was split here; 0: never
     ]
 )
 
@@ -85,12 +90,21 @@ def map_count_of(words: Array) -> Array:
 
 
 @dataclass(frozen=True)
+class Wanted:
+    """Which pages to remember beside ordinary ones: those that a policy wants merged, too."""
+
+    huge: bool = False
+    zero: bool = False
+
+
+@dataclass(frozen=True)
 class Look:
     """What one scan of some regions saw, in pages."""
 
     scanned: int  # that are there, whatever their state
     checksummed: int
     settled: int  # of those, newly settled: worth a look at the index
+    settled_zero: int  # and those that only the zero page is equal to
     zero: int
     huge: int
 
@@ -134,14 +148,21 @@ class Regions:
         return index if found else None
 
     def look(
-        self, first: int, count: int, records: Array, now: float, settle: float, max_mappings: int
+        self,
+        first: int,
+        count: int,
+        records: Array,
+        now: float,
+        settle: float,
+        max_mappings: int,
+        wanted: Wanted = Wanted(),
     ) -> Look:
         """Take in what the kernel saw in `count` neighbouring regions from row `first` on.
 
         `records` has 512 contract.RECORD for each of them, all zero where nothing is mapped.
         """
         rows = self.rows[first : first + count]
-        new = _words(records, count, max_mappings)
+        new = _words(records, count, max_mappings, wanted)
         old = self._spread(first, count)
         present = new != 0
         same = present & (old != 0) & ((new ^ old) & _CHECKSUM_MASK == 0)
@@ -151,7 +172,10 @@ class Regions:
         apart = now - rows["looked"] >= settle * _CLOCK_TOLERANCE
         settled = settled_before | (same & np.repeat(apart, REGION_PAGES))
         new |= settled.astype(_WORD) * np.uint64(SETTLED)
-        anonymous = records["state"] == State.ANON
+        # What was part of a huge page and is no more can be merged only now.
+        newly = settled & (~settled_before | (old & ~new & np.uint64(HUGE) != 0))
+        newly &= new & np.uint64(MERGED) == 0
+        small_zero = new & np.uint64(ZERO | HUGE) == ZERO
 
         self._store(first, count, new, present)
         _account(rows, records)
@@ -159,7 +183,8 @@ class Regions:
         return Look(
             scanned=int(np.count_nonzero(records["state"] != State.ABSENT)),
             checksummed=int(np.count_nonzero(records["checksum"])),
-            settled=int(np.count_nonzero(settled & ~settled_before & anonymous)),
+            settled=int(np.count_nonzero(newly & ~small_zero)),
+            settled_zero=int(np.count_nonzero(newly & small_zero)),
             zero=int(rows["zero"].sum()),
             huge=int(rows["huge"].sum()),
         )
@@ -188,6 +213,19 @@ class Regions:
             self.rows["interval"][row] = delay
             self.rows["due"][row] = now + delay
 
+    def merged(self, number: int, pages: int, saved_bytes: float) -> None:
+        """Count pages of a region that were merged now, until the next look counts them all."""
+        row = self.find(number)
+        if row is not None:
+            self.rows["merged"][row] = min(REGION_PAGES, int(self.rows["merged"][row]) + pages)
+            self.rows["saved_bytes"][row] += saved_bytes
+
+    def split(self, number: int, now: float) -> None:
+        """Remember that a huge page was split in a region."""
+        row = self.find(number)
+        if row is not None:
+            self.rows["split"][row] = now
+
     def _spread(self, first: int, count: int) -> Array:
         """Return the remembered words of some regions, each in the place of its page."""
         blobs = self.words[first : first + count]
@@ -213,10 +251,15 @@ def blank_records(count: int) -> Array:
     return np.zeros(count * REGION_PAGES, dtype=RECORD)
 
 
-def _words(records: Array, count: int, max_mappings: int) -> Array:
+def _words(records: Array, count: int, max_mappings: int, wanted: Wanted) -> Array:
     """Return a word for each record of a page that can be merged, 0 for all others."""
-    merged = records["state"] == State.MERGED
-    mergeable = merged | (records["state"] == State.ANON)
+    state = records["state"]
+    merged, zero, huge = state == State.MERGED, state == State.ZERO, _is_huge(records)
+    mergeable = merged | (state == State.ANON)
+    if wanted.huge:
+        mergeable |= state == State.HUGE
+    if wanted.zero:
+        mergeable |= zero if wanted.huge else zero & ~huge
     map_counts = records["map_count"]
     pages = np.tile(np.arange(REGION_PAGES, dtype=_WORD), count)
     words = records["checksum"] & _CHECKSUM_MASK
@@ -225,8 +268,16 @@ def _words(records: Array, count: int, max_mappings: int) -> Array:
     words |= np.clip(map_counts, 1, MANY_MAPPINGS).astype(_WORD) << np.uint64(_MAP_COUNT_SHIFT)
     words |= merged.astype(_WORD) * np.uint64(MERGED)
     words |= (merged & (map_counts >= max_mappings)).astype(_WORD) * np.uint64(FULL)
+    words |= huge.astype(_WORD) * np.uint64(HUGE)
+    words |= zero.astype(_WORD) * np.uint64(ZERO)
     words *= mergeable
     return words
+
+
+def _is_huge(records: Array) -> Array:
+    state = records["state"]
+    huge: Array = (state == State.HUGE) | ((state == State.ZERO) & (records["order"] > 0))
+    return huge
 
 
 def _per_region(pages: Array) -> Array:
@@ -239,7 +290,10 @@ def _account(rows: Array, records: Array) -> None:
     merged = state == State.MERGED
     saved = np.where(merged, PAGE_BYTES - PAGE_BYTES / np.maximum(records["map_count"], 1), 0.0)
     rows["zero"] = _per_region(state == State.ZERO)
-    rows["huge"] = _per_region(state == State.HUGE)
+    huge = _is_huge(records)
+    rows["huge"] = _per_region(huge)
+    orders = np.where(huge, records["order"], 0).reshape(-1, REGION_PAGES)
+    rows["order"] = orders.max(axis=1)
     rows["merged"] = _per_region(merged)
     rows["saved_bytes"] = _per_region(saved)
 

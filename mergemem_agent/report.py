@@ -108,8 +108,8 @@ def _describe(tally: Tally, zero_page_mappings: int, error: int) -> Iterator[str
         (tally.held_elsewhere, "duplicates that processes outside of this domain hold as well"),
         (tally.zero, "filled with zeros (not part of the gain)"),
         (zero_page_mappings, "of zeros that take no memory"),
-        (tally.huge, "in huge pages, not merged yet (not part of the gain)"),
-        (tally.huge_duplicates, "would be duplicates too if these were split"),
+        (tally.huge, "in huge pages (not part of the gain above)"),
+        (tally.huge_duplicates, "more would be freed where the policy says huge: split"),
         (tally.ksm, "merged by KSM"),
         (tally.other, "of other kinds"),
     )

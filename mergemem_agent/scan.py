@@ -25,9 +25,10 @@ from mergemem_agent.region import (
     REGION_PAGES,
     REGION_SHIFT,
     Look,
+    Wanted,
     blank_records,
 )
-from mergemem_agent.targets import Target, Targets
+from mergemem_agent.targets import Pool, Target, Targets
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
@@ -117,10 +118,10 @@ class ScanQueue:
             else:
                 rows["due"][row] = min(rows["due"][row], now + settle)
 
-    def due_in(self, name: str) -> bool:
-        """Tell whether a domain has regions that are due."""
+    def due_in(self, pool: Pool) -> bool:
+        """Tell whether processes that share have regions that are due."""
         now = time.monotonic()
-        return any((t.regions.rows["due"] <= now).any() for t in self._targets.domain(name))
+        return any((t.regions.rows["due"] <= now).any() for t in self._targets.pool(pool))
 
     def state(self) -> QueueState:
         """Count the queue."""
@@ -192,9 +193,15 @@ def look(module: Module, work: Slice, max_mappings: int) -> Look:
     ):
         start = (run.address - address) // PAGE_BYTES
         records[start : start + len(run.records)] = run.records
-    settle = target.policy.settle_seconds
+    policy = target.policy
     return target.regions.look(
-        work.first, work.count, records, time.monotonic(), settle, max_mappings
+        work.first,
+        work.count,
+        records,
+        time.monotonic(),
+        policy.settle_seconds,
+        max_mappings,
+        Wanted(huge=policy.rules.split_percent is not None, zero=policy.zero_pages),
     )
 
 

@@ -14,9 +14,9 @@ import os
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
-from typing import Final
+from typing import Final, NamedTuple
 
-from mergemem_agent.policy import Policy, PolicySet
+from mergemem_agent.policy import MergeRules, Policy, PolicySet
 from mergemem_agent.procfs import ProcessId, ProcFs
 from mergemem_agent.region import Regions
 
@@ -25,6 +25,16 @@ RECHECK_FIRST_SECONDS: Final = 1.0
 
 # The kernel would only refuse it again: not dumpable, or a security module objects.
 REFUSED_SECONDS: Final = 300.0
+
+
+class Pool(NamedTuple):
+    """Processes that share pages with each other: one trust domain, one set of rules.
+
+    The rules are those of a whole request to the kernel, so pages under different ones cannot meet.
+    """
+
+    domain: str
+    rules: MergeRules
 
 
 @dataclass(eq=False)
@@ -37,6 +47,11 @@ class Target:
     anonymous_bytes: int  # the most that it was seen with
     regions: Regions = field(default_factory=Regions)
     mapped: float = 0.0  # when its mappings are to be read next, as time.monotonic() has it
+
+    @property
+    def pool(self) -> Pool:
+        """With whom it shares."""
+        return Pool(self.domain, self.policy.rules)
 
 
 class Targets:
@@ -76,17 +91,17 @@ class Targets:
         """Bring the targets in step with /proc."""
         now = time.monotonic()
         alive = self._procfs.process_ids()
-        for gone in self._recheck.keys() - set(alive):
-            self._recheck.pop(gone)
+        for gone in (self._recheck.keys() | self._targets.keys()) - set(alive):
+            self._recheck.pop(gone, None)
             self._targets.pop(gone, None)
         for process in alive:
             # The agent itself is no target: looking at its pages is what changes them.
             if process.pid != self._own_pid and self._recheck.get(process, 0.0) <= now:
                 self._check(process, now)
 
-    def domain(self, name: str) -> list[Target]:
-        """Return the targets of one domain."""
-        return [target for target in self._targets.values() if target.domain == name]
+    def pool(self, pool: Pool) -> list[Target]:
+        """Return the targets that share with each other."""
+        return [target for target in self._targets.values() if target.pool == pool]
 
     def refuse(self, target: Target) -> None:
         """Leave a process alone for a while that the kernel does not let us touch."""
@@ -122,4 +137,8 @@ class Targets:
                 identity, policy, policy.domain_of(process), process.anonymous_bytes
             )
         else:
+            before = known.pool, known.policy.zero_pages
             known.policy, known.domain = policy, policy.domain_of(process)
+            if before != (known.pool, policy.zero_pages):
+                # Other partners, or other kinds of pages: start over, instead of when it is due.
+                known.regions, known.mapped = Regions(), 0.0

@@ -19,7 +19,7 @@ from tests.kernel.wire import (
     NLM_F_REQUEST,
     Socket,
     attribute,
-    merge_payload,
+    candidates_payload,
     message,
     processes,
 )
@@ -48,14 +48,13 @@ class Requests:
         pages = range(0, len(regions[0]), step)
         for first in range(0, len(pages), groups):
             chosen = pages[first : first + groups]
-            payload = merge_payload([[region[n] for region in regions] for n in chosen])
-            self._add(Command.MERGE, payload)
+            self._add(Command.MERGE, _merge(regions, chosen))
 
     def merge_split(self, regions: Sequence[Region], groups: int, percent: int) -> None:
         """The same, with huge pages split where that share of them can be merged."""
         for first in range(0, len(regions[0]), groups):
             chosen = range(first, min(first + groups, len(regions[0])))
-            payload = merge_payload([[region[n] for region in regions] for n in chosen])
+            payload = _merge(regions, chosen)
             payload += attribute(Attribute.SPLIT_PERCENT, percent.to_bytes(4, "little"))
             self._add(Command.MERGE, payload)
 
@@ -95,6 +94,17 @@ def family() -> int:
     """The number of the module's family."""
     with Socket() as opened:
         return opened.family
+
+
+def _merge(regions: Sequence[Region], chosen: Sequence[int]) -> bytes:
+    """Groups of one page of each region, sorted by process and address, as the agent sends them."""
+    keys = list(dict.fromkeys(region[0].process for region in regions))
+    candidates = sorted(
+        (keys.index(region[n].process), region[n].address, group)
+        for region in regions
+        for group, n in enumerate(chosen)
+    )
+    return candidates_payload(keys, [(at, process, group) for process, at, group in candidates])
 
 
 def _range(region: Region) -> bytes:

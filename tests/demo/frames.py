@@ -60,6 +60,20 @@ def count(pids: Iterable[int]) -> Frames:
     )
 
 
+def huge_bytes(pids: Iterable[int]) -> int:
+    """How much of the processes' memory is mapped as huge pages."""
+    kib = 0
+    for pid in pids:
+        try:
+            with open(f"/proc/{pid}/smaps_rollup", encoding="ascii", errors="replace") as rollup:
+                kib += sum(
+                    int(line.split()[1]) for line in rollup if line.startswith("AnonHugePages:")
+                )
+        except (FileNotFoundError, ProcessLookupError):
+            continue
+    return kib * 1024
+
+
 def _entries(pid: int) -> Iterator[Entries]:
     try:
         with open(f"/proc/{pid}/pagemap", "rb", buffering=0) as pagemap:

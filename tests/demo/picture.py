@@ -70,6 +70,7 @@ def _draw_memory(axes: Axes, run: Run, report: dict[str, Any], origin: float) ->
 
     before = report["frames_before"] / PAGES_PER_MIB
     after = report["frames_after"] / PAGES_PER_MIB
+    freed = report["freed_bytes"] / (1 << 20)
     possible = before - report["census_duplicate_frames"] / PAGES_PER_MIB
     start, end = run.act("estimate")[1] - origin, run.act("check")[1] - origin
     axes.plot([start, end], [possible] * 2, color=POSSIBLE, linestyle="--", linewidth=1.5)
@@ -83,7 +84,8 @@ def _draw_memory(axes: Axes, run: Run, report: dict[str, Any], origin: float) ->
     axes.text(
         middle,
         (before + after) / 2,
-        f"  {before - after:,.0f} MiB freed\n  {report['census_share']:.0%} of the duplicates",
+        f"  {freed:,.0f} MiB freed\n  {report['census_share']:.0%} of the duplicates\n"
+        f"  {report['split_huge_pages']} huge pages split",
         fontsize=13,
         fontweight="bold",
         va="center",

@@ -64,7 +64,9 @@ def figures(run: Run) -> dict[str, Any]:
     facts = run.facts
     before, after, end = facts["before"], facts["after"], facts["end"]
     inspected = facts["inspected"]
-    freed_frames = before["sample"]["frames"] - after["frames"]
+    # What the kernel's zero page has freed is apart from what merging has.
+    zero_freed_frames = int(facts["metrics"]["mergemem_zero_freed_pages_total"])
+    freed_frames = before["sample"]["frames"] - after["frames"] - zero_freed_frames
     latencies = {
         name: {
             "responses": found.responses,
@@ -84,6 +86,11 @@ def figures(run: Run) -> dict[str, Any]:
         "merged_pages": after["merged_mappings"],
         # How many more map the kernel's zero page: no part of what merging frees.
         "zero_pages": after["zero_mappings"] - before["sample"]["zero_mappings"],
+        "zero_freed_bytes": zero_freed_frames * PAGE_BYTES,
+        # What it has cost: huge pages that were split, and how much was mapped as such.
+        "split_huge_pages": int(facts["metrics"]["mergemem_module_split_folios_total"]),
+        "huge_bytes_before": facts["huge_bytes_before"],
+        "huge_bytes_after": facts["huge_bytes_after"],
         "agent_cpu_seconds": facts["agent"]["cpu_seconds"],
         "wall_seconds": run.wall_seconds,
         "responses": len(run.responses) + inspected["responses"],
@@ -141,7 +148,13 @@ def table(report: dict[str, Any]) -> str:
         "kernel": f"{report['kernel']} ({report['accelerator']})",
         "fleet memory before": _mib(before * PAGE_BYTES),
         "fleet memory after": _mib(after * PAGE_BYTES),
-        "freed": f"{_mib(report['freed_bytes'])}, {1 - after / before:.0%} of it",
+        "freed by merging": f"{_mib(report['freed_bytes'])}, "
+        f"{report['freed_bytes'] / PAGE_BYTES / before:.0%} of it",
+        "at the cost of": f"{report['split_huge_pages']:,} huge pages split; "
+        f"{_mib(report['huge_bytes_before'])} were in huge pages, now "
+        f"{_mib(report['huge_bytes_after'])}",
+        "besides, zeros": f"{_mib(report['zero_freed_bytes'])} freed, "
+        f"{report['zero_pages']:,} more mappings of the zero page",
         "share of the census": f"{report['census_share']:.1%} of "
         f"{report['census_duplicate_frames']:,} duplicates",
         "cross-check": "free memory grew by "

@@ -28,6 +28,14 @@ def mergemem(*words: object, status: int = 0) -> str:
     return done.stdout
 
 
+def complaint(*words: object, status: int = 1) -> str:
+    """Run a command that fails; what it said on stderr."""
+    command = [sys.executable, "-m", "mergemem_agent", *map(str, words)]
+    done = subprocess.run(command, cwd=CHECKOUT, capture_output=True, text=True)
+    assert done.returncode == status, f"{words}: {done.returncode}\n{done.stdout}{done.stderr}"
+    return done.stderr
+
+
 class Agent:
     """`mergemem agent` with one policy file, from its start to a clean stop."""
 

@@ -19,6 +19,7 @@ ENUMS: dict[str, tuple[type[enum.IntEnum] | type[enum.IntFlag], str]] = {
     "mergemem_command": (contract.Command, "MERGEMEM_CMD_"),
     "mergemem_attribute": (contract.Attribute, "MERGEMEM_A_"),
     "mergemem_feature": (contract.Feature, "MERGEMEM_FEATURE_"),
+    "mergemem_merge_flag": (contract.MergeFlag, "MERGEMEM_MERGE_"),
     "mergemem_process_flag": (contract.ProcessFlag, "MERGEMEM_PROCESS_"),
     "mergemem_state": (contract.State, "MERGEMEM_STATE_"),
     "mergemem_result": (contract.Result, "MERGEMEM_"),
@@ -38,6 +39,7 @@ CONSTANTS = {
     "MERGEMEM_MAX_UNMERGE_PAGES": contract.MAX_UNMERGE_PAGES,
     "MERGEMEM_DEPTH_STEP_BYTES": contract.DEPTH_STEP_BYTES,
     "MERGEMEM_DEPTH_FULL_BYTES": contract.DEPTH_FULL_BYTES,
+    "MERGEMEM_GROUP_ZERO": contract.GROUP_ZERO,
 }
 
 

@@ -47,6 +47,7 @@ CODES = {
     "VM_UFFD_MISSING": "um",
     "VM_UFFD_WP": "uw",
     "VM_UFFD_MINOR": "ui",
+    "VM_UFFD_RWP": "ur",
     "VM_SHADOW_STACK": "ss",
     "VM_DROPPABLE": "dp",
 }
@@ -100,7 +101,8 @@ def test_check(policies: str, capsys: pytest.CaptureFixture[str]) -> None:
     output = capsys.readouterr().out
     assert output.startswith("4 policies in 1 file\n")
     assert f"1. secrets ({policies}:2): never merged" in output
-    assert "domain user, budget 5%, settle 10s, undumpable processes too" in output
+    assert "domain user, budget 5%, settle 10s, zero pages too, huge pages stay whole" in output
+    assert "undumpable processes too" in output
 
 
 def test_check_refuses(tmp_path: Path) -> None:

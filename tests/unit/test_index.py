@@ -108,8 +108,8 @@ def test_groups_are_those_of_the_naive_model(pages: dict[Place, Page], chunk: in
         index.MIN_CHUNK_PAGES = before  # type: ignore[misc]
     found = set()
     for group in groups:
-        places = [(process, number, page) for process, page, _, _, number, _ in group]
-        flags = [anchor for _, _, anchor, _, _, _ in group]
+        places = [(process, number, page) for process, page, _, _, number, _, _ in group]
+        flags = [anchor for _, _, anchor, _, _, _, _ in group]
         content = pages[places[0]].content
         assert flags == [flags[0]] + [False] * (len(flags) - 1), "the anchor is first"
         assert flags[0] == bool(anchors[content])
@@ -128,7 +128,7 @@ def test_a_full_chunk_splits_a_group_and_loses_none() -> None:
     finally:
         index.MIN_CHUNK_PAGES = before  # type: ignore[misc]
     assert len(groups) > 1
-    places = [(number, page) for group in groups for _, page, _, _, number, _ in group]
+    places = [(number, page) for group in groups for _, page, _, _, number, _, _ in group]
     assert sorted(places) == sorted(pages)
 
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mergemem_agent.contract import Result
@@ -22,7 +22,8 @@ def nominated(groups: list[tuple[bool, list[int]]], map_count: int = 1) -> Array
     for group, (anchored, processes) in enumerate(groups):
         for position, process in enumerate(processes):
             first = anchored and position == 0
-            rows.append((process, len(rows) % 512, first, map_count, 5 + len(rows) // 512, group))
+            page, number = len(rows) % 512, 5 + len(rows) // 512
+            rows.append((process, page, first, map_count, number, group, 0))
     return np.array(rows, dtype=NOMINATED)
 
 
@@ -33,6 +34,7 @@ GROUPS = st.lists(
 )
 
 
+@settings(deadline=None)
 @given(GROUPS, st.integers(2, 30), st.integers(2, 12))
 def test_requests_keep_to_the_limits_and_lose_no_page(
     groups: list[tuple[bool, list[int]]], max_candidates: int, max_processes: int

@@ -17,18 +17,18 @@ from prometheus_client.parser import text_string_to_metric_families
 from mergemem_agent.contract import Feature, Result
 from mergemem_agent.counts import Counts, PolicyCounts, PolicyMemory, ReloadState, Snapshot
 from mergemem_agent.error import MergememError
+from mergemem_agent.info import Counters, Info, Limits, Totals
 from mergemem_agent.metrics import METRICS, MetricsServer
-from mergemem_agent.module import Counters, Info, Limits, Totals
 from mergemem_agent.scan import QueueState
 
 DOCUMENT = Path(__file__).parents[2] / "docs/metrics.md"
 
 INFO = Info(
-    contract_version=1,
+    contract_version=2,
     module_version="0.1.0",
     features=Feature(0),
     limits=Limits(1024, 4000, 16384, 1 << 20, 0),
-    counters=Counters(1, 2, 3, 4, 5, 6, dict.fromkeys(Result, 0)),
+    counters=Counters(1, 2, 3, 4, 5, 6, dict.fromkeys(Result, 0), 7, 8),
     totals=Totals(shared_pages=10, shared_mappings=35),
 )
 SNAPSHOT = Snapshot(
@@ -36,17 +36,18 @@ SNAPSHOT = Snapshot(
     pid=4711,
     taken_at=1.7e9,
     counts=Counts(
-        policies={"web": PolicyCounts(100, 90, 80, 1.5)},
+        policies={"web": PolicyCounts(100, 90, 80, 1.5, 11, 12, 13)},
         nominated=Counter({"user+cgroup": 70}),
         results=Counter({Result.SUCCESS: 60, Result.NOTEQUAL: 10}),
         freed_pages=45,
         errors=Counter({"scan": 2}),
         cpu_seconds={"scan": 1.25},
     ),
-    memory={"web": PolicyMemory(3, 90, 60, 122880.0, 7, 512)},
+    memory={"web": PolicyMemory(3, 90, 60, 122880.0, 122880.0, 1 << 20, 7, 512)},
     queue=QueueState(regions=20, due=5, dropped=0),
     reload=ReloadState(succeeded=True, successes=1, succeeded_at=1.7e9),
     budget_percent=5.0,
+    max_shared_bytes=1 << 30,
     user_seconds=1.0,
     system_seconds=2.0,
     module=INFO,
@@ -96,7 +97,7 @@ def test_values(server: MetricsServer) -> None:
         "mergemem_scan_queue_due_regions": 5,
         "mergemem_errors_total{'stage': 'scan'}": 2,
         "mergemem_policy_reload_success": 1,
-        "mergemem_build_info{'contract_version': '1', 'version': '0.1.0'}": 1,
+        "mergemem_build_info{'contract_version': '2', 'version': '0.1.0'}": 1,
     }
     assert {name: found.get(name) for name in expected} == expected
 

@@ -17,10 +17,20 @@ import numpy as np
 import pytest
 
 from mergemem_agent.budget import Budget
-from mergemem_agent.contract import RECORD, RESULT, Result, State
-from mergemem_agent.module import AccessDenied, Limits, Module, ModuleMissing, Run
+from mergemem_agent.contract import GROUP_ZERO, RECORD, RESULT, Result, State
+from mergemem_agent.info import Limits
+from mergemem_agent.module import AccessDenied, Module, ModuleMissing, Run
 from mergemem_agent.pipeline import Pipeline
-from mergemem_agent.policy import DomainKind, Glob, Policy, PolicySet, Selector
+from mergemem_agent.policy import (
+    AgentSettings,
+    DomainKind,
+    Glob,
+    HugePages,
+    NumaNodes,
+    Policy,
+    PolicySet,
+    Selector,
+)
 from mergemem_agent.procfs import ProcessId, ProcFs
 from mergemem_agent.region import REGION_SHIFT
 
@@ -29,6 +39,9 @@ Array = np.ndarray[Any, np.dtype[Any]]
 SLEEPER = os.path.realpath("/bin/sleep")
 PAGES = 300
 PROCESSES = 3
+ZEROS = -1  # the content of a page of zeros
+FOLIO_ORDER = 8
+FOLIO_PAGES = 1 << FOLIO_ORDER
 
 
 class ModelModule:
@@ -40,7 +53,10 @@ class ModelModule:
         self.content: dict[tuple[ProcessId, int], int] = {}
         self.frame: dict[tuple[ProcessId, int], int] = {}
         self.shared: set[int] = set()
+        self.folios: set[ProcessId] = set()  # whose first pages are a large folio
+        self.zeroed: set[tuple[ProcessId, int]] = set()
         self.requests = 0
+        self.asked: list[dict[str, object]] = []  # what requests said beside their candidates
         self.answer: Result | None = None  # to all candidates, in place of merging
         self._frames = 0
 
@@ -54,6 +70,7 @@ class ModelModule:
         """Do as a process that writes: it gets a frame of its own."""
         self._frames += 1
         self.content[process, page], self.frame[process, page] = content, self._frames
+        self.zeroed.discard((process, page))
 
     def map_counts(self) -> Counter[int]:
         return Counter(self.frame.values())
@@ -71,30 +88,73 @@ class ModelModule:
         for page in held:
             frame = self.frame[process, page]
             state = State.MERGED if frame in self.shared else State.ANON
-            checksum = (self.content[process, page] + 1) * 0x9E37_79B9_7F4A_7C15 % 2**64
-            records[page] = (checksum, counts[frame], state, 0)
+            order = FOLIO_ORDER if self._in_folio(process, page) else 0
+            if (process, page) in self.zeroed:
+                state, frame = State.ZERO_PAGE, 0
+            elif self.content[process, page] == ZEROS:
+                state = State.ZERO
+            elif order:
+                state = State.HUGE
+            checksum = (self.content[process, page] + 2) * 0x9E37_79B9_7F4A_7C15 % 2**64
+            records[page] = (checksum, counts[frame], state, order)
         yield Run(base, records, 0)
 
-    def merge(self, processes: Sequence[ProcessId], candidates: Array, _: object) -> Array:
+    def _in_folio(self, process: ProcessId, page: int) -> bool:
+        return process in self.folios and page < FOLIO_PAGES
+
+    def merge(
+        self,
+        processes: Sequence[ProcessId],
+        candidates: Array,
+        undumpable: object,  # noqa: ARG002
+        any_node: bool,
+        split_percent: int | None,
+    ) -> Array:
         assert len(processes) <= self.limits.max_processes
         assert len(candidates) <= self.limits.max_candidates
         self.requests += 1
+        self.asked.append({"any_node": any_node, "split_percent": split_percent})
         if self.answer is not None:
             return np.full(len(candidates), self.answer, dtype=RESULT)
+        self._split(processes, candidates, split_percent or 101)
         results = np.zeros(len(candidates), dtype=RESULT)
         for group in np.unique(candidates["group"]):
             (members,) = np.nonzero(candidates["group"] == group)
+            merge = self._replace_zeros if group == GROUP_ZERO else self._merge_group
             for member, result in zip(
-                members, self._merge_group(processes, candidates[members]), strict=True
+                members, merge(self._pages(processes, candidates[members])), strict=True
             ):
                 results[member] = result
         return results
 
-    def _merge_group(self, processes: Sequence[ProcessId], group: Array) -> list[Result]:
+    def _pages(
+        self, processes: Sequence[ProcessId], candidates: Array
+    ) -> list[tuple[ProcessId, int]]:
         pages = []
-        for candidate in group:
+        for candidate in candidates:
             process = processes[int(candidate["process"])]
             pages.append((process, (int(candidate["address"]) - self.base[process]) // 4096))
+        return pages
+
+    def _split(self, processes: Sequence[ProcessId], candidates: Array, split_percent: int) -> None:
+        named = Counter(p for p, n in self._pages(processes, candidates) if self._in_folio(p, n))
+        for process, pages in named.items():
+            if pages * 100 >= split_percent * FOLIO_PAGES:
+                self.folios.discard(process)
+
+    def _replace_zeros(self, pages: list[tuple[ProcessId, int]]) -> list[Result]:
+        results = []
+        for page in pages:
+            fits = self.content[page] == ZEROS and not self._in_folio(*page)
+            results.append(Result.ZEROED if fits else Result.NOTEQUAL)
+            if fits:
+                self.frame[page] = 0
+                self.zeroed.add(page)
+        return results
+
+    def _merge_group(self, pages: list[tuple[ProcessId, int]]) -> list[Result]:
+        if any(self._in_folio(*page) for page in pages):
+            return [Result.HUGE] * len(pages)
         anchor = next((page for page in pages if self.frame[page] in self.shared), None)
         self._frames += 1
         frame = self.frame[anchor] if anchor else self._frames
@@ -304,3 +364,138 @@ def test_domains_are_never_mixed() -> None:
         assert len(owners) == scene.module.frames == PROCESSES * PAGES // 2
     finally:
         scene.close()
+
+
+# --- zeros ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def zero_scene() -> Iterator[Scene]:
+    """Each process has 100 pages of zeros; the others are unique."""
+    opened = Scene(
+        ModelModule(), lambda process, page: ZEROS if page < 100 else 1000 * (process + 1) + page
+    )
+    yield opened
+    opened.close()
+
+
+def test_zeros_are_replaced_across_domains_and_counted_apart(zero_scene: Scene) -> None:
+    zero_scene.pipeline.find_targets()
+    for target in zero_scene.pipeline.targets:
+        target.domain = f"domain of {target.process.pid}"
+    zero_scene.until(lambda: len(zero_scene.module.zeroed) == 100 * PROCESSES)
+    counts = zero_scene.pipeline.counts
+    assert set(counts.results) == {Result.ZEROED}
+    assert counts.policies["scene"].zeroed == counts.zero_freed_pages == 100 * PROCESSES
+    assert counts.freed_pages == counts.split_freed_pages == 0
+    zero_scene.until(lambda: zero_scene.pipeline.memory()["scene"].zero_pages == 0)
+    assert zero_scene.pipeline.memory()["scene"].saved_bytes == 0
+    asked = zero_scene.module.requests
+    zero_scene.rounds(3)
+    assert zero_scene.module.requests == asked
+
+
+def test_a_policy_may_leave_zeros_alone(zero_scene: Scene) -> None:
+    without = replace(zero_scene.policy, zero_pages=False)
+    zero_scene.pipeline.change_policies(PolicySet(policies=(without,)), Budget(100.0, {}))
+    zero_scene.rounds(5)
+    assert zero_scene.module.requests == 0
+    assert zero_scene.pipeline.memory()["scene"].zero_pages == 100 * PROCESSES
+
+
+# --- huge pages ----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def huge_scene(scene: Scene) -> Scene:
+    """As scene, but that the first 256 pages of each process are one large folio."""
+    scene.module.limits = Limits(8, 4000, 100, 1000, 0)
+    scene.module.folios = set(scene.module.base)
+    return scene
+
+
+def split(scene: Scene, percent: int) -> None:
+    policy = replace(scene.policy, huge=HugePages.SPLIT, split_percent=percent)
+    scene.pipeline.change_policies(PolicySet(policies=(policy,)), Budget(100.0, {}))
+
+
+def test_huge_pages_are_split_and_merged(huge_scene: Scene) -> None:
+    split(huge_scene, 25)
+    huge_scene.until_frames(ALL_SHARED)
+    counts = huge_scene.pipeline.counts
+    assert counts.policies["scene"].split_folios == PROCESSES
+    assert counts.split_freed_pages + counts.freed_pages == SHARED * (PROCESSES - 1)
+    assert counts.split_freed_pages > 0
+    assert {"any_node": False, "split_percent": 25} in huge_scene.module.asked
+
+
+def test_without_a_word_huge_pages_stay_whole(huge_scene: Scene) -> None:
+    small = (PAGES - FOLIO_PAGES) // 2
+    huge_scene.until_frames(PROCESSES * PAGES - small * (PROCESSES - 1))
+    huge_scene.rounds(3)
+    assert huge_scene.module.folios == set(huge_scene.module.base)
+    assert huge_scene.pipeline.memory()["scene"].huge_pages == FOLIO_PAGES * PROCESSES
+
+
+def test_another_word_on_huge_pages_is_heeded_at_once(huge_scene: Scene) -> None:
+    small = (PAGES - FOLIO_PAGES) // 2
+    huge_scene.until_frames(PROCESSES * PAGES - small * (PROCESSES - 1))
+    for target in huge_scene.pipeline.targets:  # as after hours of calm
+        target.regions.rows["due"] = time.monotonic() + 1000
+    split(huge_scene, 51)  # exactly half of the pages are equal
+    huge_scene.until(lambda: bool(huge_scene.pipeline.memory()["scene"].huge_pages))
+    huge_scene.rounds(3)
+    assert huge_scene.module.folios == set(huge_scene.module.base)
+    split(huge_scene, 50)
+    huge_scene.until_frames(ALL_SHARED)
+
+
+def test_below_the_share_huge_pages_stay_whole(huge_scene: Scene) -> None:
+    split(huge_scene, 51)  # exactly half of the pages are equal
+    small = (PAGES - FOLIO_PAGES) // 2
+    huge_scene.until_frames(PROCESSES * PAGES - small * (PROCESSES - 1))
+    huge_scene.rounds(3)
+    assert huge_scene.module.folios == set(huge_scene.module.base)
+
+
+# --- what requests are told ----------------------------------------------------------------------
+
+
+def test_any_node_is_passed_on(scene: Scene) -> None:
+    policy = replace(scene.policy, numa=NumaNodes.ANY)
+    scene.pipeline.change_policies(PolicySet(policies=(policy,)), Budget(100.0, {}))
+    scene.until_frames(ALL_SHARED)
+    assert {asked["any_node"] for asked in scene.module.asked} == {True}
+
+
+def test_what_lies_on_another_node_is_not_tried_at_once(scene: Scene) -> None:
+    scene.module.answer = Result.NODE
+    scene.until(lambda: scene.module.requests > 0)
+    asked = scene.module.requests
+    rows = [target.regions.rows for target in scene.pipeline.targets]
+    before = {float(due) for table in rows for due in table["interval"]}
+    scene.until(lambda: scene.module.requests > 2 * asked + 2)
+    after = max(
+        float(due) for target in scene.pipeline.targets for due in target.regions.rows["interval"]
+    )
+    assert after > max(before), "each time after a longer pause"
+
+
+@pytest.mark.parametrize("whose", ["policy", "agent"])
+def test_a_cap_is_kept_and_told(scene: Scene, whose: str) -> None:
+    cap_bytes = 50 * 4096
+    policy = replace(scene.policy, max_shared_bytes=cap_bytes if whose == "policy" else None)
+    agent = AgentSettings(max_shared_bytes=cap_bytes if whose == "agent" else None)
+    policies = PolicySet(agent=agent, policies=(policy,))
+    scene.pipeline.change_policies(policies, Budget(100.0, {}))
+    scene.until(lambda: len(scene.module.shared) == 50)
+    scene.rounds(8)
+    assert len(scene.module.shared) == 50
+    assert scene.pipeline.counts.policies["scene"].capped > 0
+    assert scene.pipeline.memory()["scene"].shared_bytes == pytest.approx(cap_bytes)
+    # What joins a frame that is there takes none.
+    frame = min(scene.module.shared)
+    process, page = next(place for place, at in scene.module.frame.items() if at == frame)
+    scene.module.write(process, page, scene.module.content[process, page])
+    scene.until(lambda: scene.module.frame[process, page] == frame)
+    assert len(scene.module.shared) == 50

@@ -9,12 +9,15 @@ import pytest
 from mergemem_agent.contract import RECORD, State
 from mergemem_agent.region import (
     FULL,
+    HUGE,
     MAX_INTERVAL_SECONDS,
     MERGED,
     REGION_PAGES,
     SETTLED,
+    ZERO,
     Look,
     Regions,
+    Wanted,
     map_count_of,
     page_of,
 )
@@ -26,7 +29,7 @@ def records(*pages: tuple[int, int, int, State], count: int = 1) -> np.ndarray[A
     """Return records of `count` regions from (page, checksum, map count, state)."""
     result = np.zeros(count * REGION_PAGES, dtype=RECORD)
     for page, checksum, map_count, state in pages:
-        result[page] = (checksum << 21, map_count, state, 0)
+        result[page] = (checksum << 22, map_count, state, 0)
     return result
 
 
@@ -42,7 +45,7 @@ def look(known: Regions, now: float, *pages: tuple[int, int, int, State]) -> Loo
 
 def flags(known: Regions, row: int = 0) -> dict[int, int]:
     words = np.frombuffer(known.words[row], dtype=np.uint64)
-    return dict(zip(page_of(words).tolist(), (words & np.uint64(15)).tolist(), strict=True))
+    return dict(zip(page_of(words).tolist(), (words & np.uint64(31)).tolist(), strict=True))
 
 
 def test_a_page_settles_by_two_equal_looks_far_enough_apart() -> None:
@@ -176,3 +179,69 @@ def test_a_merge_ends_the_back_off() -> None:
     known.revisit(1, 500.0, SETTLE)
     assert known.rows["due"].tolist() == [500.0 + SETTLE]
     assert known.rows["interval"].tolist() == [SETTLE]
+
+
+# --- huge pages and zeros ------------------------------------------------------------------------
+
+ALL = Wanted(huge=True, zero=True)
+
+
+def look_at(known: Regions, now: float, wanted: Wanted, *pages: tuple[int, State, int]) -> Look:
+    """Look at pages given as (page, state, order); all have the same checksum."""
+    seen = np.zeros(REGION_PAGES, dtype=RECORD)
+    for page, state, order in pages:
+        seen[page] = (5 << 30, 1, state, order)
+    return known.look(0, 1, seen, now, SETTLE, 100, wanted)
+
+
+KINDS = ((1, State.HUGE, 9), (2, State.ZERO, 9), (3, State.ZERO, 0), (4, State.ANON, 0))
+
+
+@pytest.mark.parametrize(
+    ("wanted", "remembered"),
+    [
+        (Wanted(), {4: 0}),
+        (Wanted(huge=True), {1: HUGE, 4: 0}),
+        (Wanted(zero=True), {3: ZERO, 4: 0}),
+        (ALL, {1: HUGE, 2: HUGE | ZERO, 3: ZERO, 4: 0}),
+    ],
+)
+def test_only_what_is_wanted_is_remembered(wanted: Wanted, remembered: dict[int, int]) -> None:
+    known = regions(1)
+    look_at(known, 100.0, wanted, *KINDS)
+    assert flags(known) == remembered
+    # Whether wanted or not, it is counted.
+    assert (known.rows["zero"][0], known.rows["huge"][0], known.rows["order"][0]) == (2, 2, 9)
+
+
+def test_zeros_settle_apart_from_others() -> None:
+    known = regions(1)
+    look_at(known, 100.0, ALL, *KINDS)
+    seen = look_at(known, 110.0, ALL, *KINDS)
+    # A zero page in a huge page has to wait for the huge page to be split.
+    assert (seen.settled, seen.settled_zero) == (3, 1)
+    assert look_at(known, 120.0, ALL, *KINDS).settled == 0
+
+
+def test_what_a_split_has_left_behind_is_worth_a_search() -> None:
+    known = regions(1)
+    for now in (100.0, 110.0):
+        look_at(known, now, ALL, (1, State.HUGE, 9), (2, State.ZERO, 9))
+    seen = look_at(known, 120.0, ALL, (1, State.ANON, 0), (2, State.ZERO, 0))
+    assert (seen.settled, seen.settled_zero) == (1, 1)
+    assert known.rows["order"][0] == 0
+
+
+def test_the_largest_folio_gives_the_order() -> None:
+    known = regions(1)
+    look_at(known, 100.0, ALL, (0, State.HUGE, 4), (16, State.ZERO, 6), (80, State.ANON, 0))
+    assert known.rows["order"][0] == 6
+
+
+def test_merges_show_before_the_next_look() -> None:
+    known = regions(1)
+    known.merged(1, 3, 8192.0)
+    known.merged(2, 3, 8192.0)  # gone meanwhile
+    assert (known.rows["merged"][0], known.rows["saved_bytes"][0]) == (3, 8192.0)
+    look_at(known, 100.0, ALL)
+    assert (known.rows["merged"][0], known.rows["saved_bytes"][0]) == (0, 0)

@@ -64,6 +64,7 @@ def test_bad(line: str) -> None:
         "debugfs: mounted",
         "mtrr: your CPUs had inconsistent variable MTRR settings",
         "process '/usr/bin/python3' started with executable stack",
+        "[    1.0] kmemleak: Kernel memory leak detector initialized (mem pool available: 62803)",
     ],
 )
 def test_harmless(line: str) -> None:
