@@ -39,6 +39,8 @@ HARMLESS = (
     re.compile(r"(Spectre V2|RETBleed|MDS|TAA|MMIO Stale Data|SRSO|TSA) *: WARNING"),
     # Somebody asked for a block of memory to be taken offline, and it can't be: a notice, with errno.
     re.compile(r"page dumped because: (unmovable page|migration failure)"),
+    # The debug kernel introduces itself.
+    re.compile(r"kmemleak: Kernel memory leak detector initialized"),
     # Emulation is slower than the calibration expects.
     re.compile(r"clocksource: .*(unstable|[Ww]atchdog)"),
 )
