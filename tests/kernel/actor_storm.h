@@ -38,7 +38,7 @@ static struct {
 	uint64_t (*content)[PAGE_WORDS];
 	struct storm_part part[STORM_MAX_THREADS];
 	unsigned int threads;
-	bool stop, collapse;
+	bool stop;
 	/* What went wrong first. */
 	char wrong[200];
 } storm;
@@ -184,17 +184,12 @@ static void storm_protect(struct storm_part *part, const struct storm_range *ran
  */
 static void storm_huge(struct storm_part *part, const struct storm_range *range)
 {
-	const struct storm_range whole = { 0, part->pages, part->start, part->pages * PAGE_BYTES };
-	size_t length = whole.length;
+	size_t length = part->pages * PAGE_BYTES;
 
 	part->advice = range->first & 3 ? MADV_HUGEPAGE : MADV_NOHUGEPAGE;
 	madvise(part->start, length, part->advice);
-	if (part->advice == MADV_HUGEPAGE && storm.collapse) {
+	if (part->advice == MADV_HUGEPAGE)
 		madvise(part->start, length, MADV_COLLAPSE);
-	} else if (part->advice == MADV_HUGEPAGE) {
-		storm_dontneed(part, &whole);
-		storm_fill(part, &whole, false);
-	}
 }
 
 static void storm_page_out(struct storm_part *part, const struct storm_range *range)
@@ -310,14 +305,13 @@ static bool storm_prepare(struct storm_part *part, char *start, uint64_t pages, 
 	       (void *)part->child_good != MAP_FAILED && !pipe(part->pipe);
 }
 
-/* storm ADDRESS PAGES SEED THREADS COLLAPSE: each has PAGES / THREADS pages */
+/* storm ADDRESS PAGES SEED THREADS: each has PAGES / THREADS pages */
 static void do_storm(const struct command *command)
 {
 	uint64_t pages, seed = number(command, 3);
 
 	storm.threads = number(command, 4);
 	pages = number(command, 2) / storm.threads;
-	storm.collapse = number(command, 5);
 	storm.stop = false;
 	storm.wrong[0] = 0;
 	storm.content = storm_shared(STORM_CONTENTS * PAGE_BYTES);

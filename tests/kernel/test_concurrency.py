@@ -49,11 +49,10 @@ UNEXPECTED = (errno.EINVAL, errno.ERANGE, errno.EMSGSIZE, errno.EFAULT)
 class Crowd:
     """The victims, and what happens to them and to the module from outside."""
 
-    def __init__(self, stage: Stage, module: Module, collapse: bool) -> None:
+    def __init__(self, stage: Stage, module: Module) -> None:
         self.happened: Counter[str] = Counter()
         self._stage = stage
         self._module = module
-        self._collapse = collapse
         self._chance = random.Random(SEED)
         self._to_do: list[Callable[[], None]] = []
         self._victims = [self._begin(stage.start()) for _ in range(VICTIMS)]
@@ -61,7 +60,7 @@ class Crowd:
     def _begin(self, actor: Actor) -> Actor:
         address = actor.map(PAGES, "huge")
         seed = self._chance.randrange(1, 1 << 20)
-        actor.ask("storm", address, PAGES, seed, VICTIM_THREADS, int(self._collapse))
+        actor.ask("storm", address, PAGES, seed, VICTIM_THREADS)
         return actor
 
     def disturb(self) -> None:
@@ -110,15 +109,15 @@ class Crowd:
 
 
 @pytest.fixture
-def busy_host(tmp_path: Path) -> Iterator[bool]:
-    """All processors, huge pages, a swap device; whether pages are collapsed."""
+def busy_host(tmp_path: Path) -> Iterator[None]:
+    """All processors, huge pages, a swap device."""
     with (
         turmoil.all_processors() as count,
-        turmoil.huge_pages() as collapse,
+        turmoil.huge_pages(),
         turmoil.swap_device(tmp_path),
     ):
         assert count >= 4, f"this test needs four processors, and the guest has {count}"
-        yield collapse
+        yield
 
 
 def took_place(names: list[str], since: Counter[str]) -> bool:
@@ -127,14 +126,14 @@ def took_place(names: list[str], since: Counter[str]) -> bool:
     return all(now[name] > since[name] for name in names)
 
 
-def test_everything_at_once(stage: Stage, module: Module, busy_host: bool) -> None:
+@pytest.mark.usefixtures("busy_host")
+def test_everything_at_once(stage: Stage, module: Module) -> None:
     free_before = settled_free_pages()
     events = Counter(turmoil.events())
-    crowd = Crowd(stage, module, collapse=busy_host)
-    # What the kernel counts: huge pages made and split, swap both ways, compaction.
-    proof = ["thp_fault_alloc", "thp_split_pmd", "pswpout", "pswpin", "pgmigrate_success"]
-    if busy_host:
-        proof.append("thp_collapse_alloc")
+    crowd = Crowd(stage, module)
+    # What the kernel counts: huge pages made, split and made again, swap both ways, compaction.
+    proof = ["thp_fault_alloc", "thp_split_pmd", "thp_collapse_alloc"]
+    proof += ["pswpout", "pswpin", "pgmigrate_success"]
     end = time.monotonic() + SECONDS
     words = [str(CLIENTS), str(PROGRAM), str(CLIENT_THREADS), str(SEED)]
     with subprocess.Popen(

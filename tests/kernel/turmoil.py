@@ -6,7 +6,7 @@ The rig's guests have processors that are not in use, since most tests are faste
 
 from __future__ import annotations
 
-import gzip
+import os
 import re
 import subprocess
 from collections.abc import Iterator
@@ -16,7 +16,6 @@ from pathlib import Path
 PROCESSORS = Path("/sys/devices/system/cpu")
 HUGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage")
 SWAP_BYTES = 64 << 20
-NEVER_MILLISECONDS = (1 << 32) - 1
 
 
 @contextmanager
@@ -42,30 +41,19 @@ def all_processors() -> Iterator[int]:
         yield len(list(PROCESSORS.glob("cpu[0-9]*")))
 
 
-def may_collapse() -> bool:
-    """Whether pages may be made huge while they are merged.
-
-    Kernels with CONFIG_DEBUG_VM insist that pages are still anonymous when they come back to them
-    with other locks; all others then look whether they can be collapsed, and give up.
-    """
-    config = Path("/proc/config.gz")
-    return not config.exists() or b"CONFIG_DEBUG_VM=y" not in gzip.decompress(config.read_bytes())
-
-
 @contextmanager
-def huge_pages() -> Iterator[bool]:
-    """Everything that can be huge becomes huge, and at once; whether by collapse, too."""
-    collapse = may_collapse()
+def huge_pages() -> Iterator[None]:
+    """Everything that can be huge becomes huge, and at once."""
     daemon = HUGE_PAGES / "khugepaged"
     values = {
         HUGE_PAGES / "enabled": "always",
         HUGE_PAGES / "defrag": "always",
-        daemon / "scan_sleep_millisecs": "0" if collapse else str(NEVER_MILLISECONDS),
+        daemon / "scan_sleep_millisecs": "0",
         daemon / "alloc_sleep_millisecs": "0",
         daemon / "pages_to_scan": "4096",
     }
     with settings(values):
-        yield collapse
+        yield
 
 
 @contextmanager
@@ -73,7 +61,8 @@ def swap_device(directory: Path, size_bytes: int = SWAP_BYTES) -> Iterator[None]
     """A loop device over a file: other than zram, it goes through the swap cache."""
     file = directory / "swap"
     with file.open("wb") as empty:
-        empty.truncate(size_bytes)
+        # In memory, as /tmp is: what it takes is taken now, and not with the first page out.
+        os.posix_fallocate(empty.fileno(), 0, size_bytes)
     subprocess.run(["modprobe", "loop"], check=True)
     words = ["losetup", "--find", "--show", str(file)]
     device = subprocess.run(words, check=True, capture_output=True, text=True).stdout.strip()

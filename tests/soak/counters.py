@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from pathlib import Path
 
@@ -27,12 +28,20 @@ def read() -> dict[str, int]:
         name, value = line.split()
         if name in VMSTAT or name in ZERO:
             values[name] = int(value)
+    # Our own grow with what we import.
+    values["nr_anon_pages"] -= _own_anon_pages()
     stat = dict(
         line.split() for line in (CGROUPS / "cgroup.stat").read_text(encoding="utf-8").splitlines()
     )
     values["cgroups"] = int(stat["nr_descendants"])
     values["dying_cgroups"] = int(stat["nr_dying_descendants"])
     return values
+
+
+def _own_anon_pages() -> int:
+    status = Path("/proc/self/status").read_text(encoding="utf-8")
+    (kib,) = (line.split()[1] for line in status.splitlines() if line.startswith("RssAnon:"))
+    return int(kib) * 1024 // os.sysconf("SC_PAGE_SIZE")
 
 
 def astray(before: dict[str, int], after: dict[str, int]) -> dict[str, str]:
