@@ -9,6 +9,7 @@
  *   shared.c    shared pages, and how many there are
  *   netlink.c   the contract (uapi/mergemem.h), and calls to
  *     target.c    processes and page tables
+ *     request.c   MERGE: what a request names
  *     merge.c     MERGE: groups, passes
  *     huge.c      MERGE: splitting huge pages
  *     attach.c    MERGE: the page-table change

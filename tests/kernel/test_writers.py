@@ -3,7 +3,7 @@
 
 On two processors: one or two run writers, the other the merge. What each word must be is kept in
 a shadow copy (actor_writers.h); a lost write, a stale read, a byte leaked into a neighbour, all
-show there. Duration: MERGEMEM_WRITERS_SECONDS, 150 by default, most of it for the writers.
+show there. Duration: MERGEMEM_WRITERS_SECONDS, 60 by default, most of it for the writers.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from tests.kernel.contract import MAX_CANDIDATES, Result, State
 from tests.kernel.sharing import flat
 from tests.kernel.wire import Client
 
-SECONDS = float(os.environ.get("MERGEMEM_WRITERS_SECONDS", "150"))
+SECONDS = float(os.environ.get("MERGEMEM_WRITERS_SECONDS", "60"))
 PAGES = 768
 
 

@@ -54,7 +54,7 @@ PLANTS = (
     ),
     Plant(
         "a missing put: a shared page keeps a reference",
-        "merge.c",
+        "request.c",
         "\t\t\t\tput_page(request->groups[i].target);\n",
         "\t\t\t\tbarrier();\n",
         MERGES,
@@ -62,7 +62,7 @@ PLANTS = (
     ),
     Plant(
         "a use after free: the request's processes",
-        "merge.c",
+        "request.c",
         "\tif (request->targets)\n",
         "\tkvfree(request->targets);\n\tif (request->targets)\n",
         MERGES,
