@@ -156,6 +156,23 @@ static void *write_beside_machine(void *unused)
 	return unused;
 }
 
+/* All that the host's processor can: KVM allows 64-bit mode to those only that have it. */
+static int set_features(int kvm)
+{
+	enum { ENTRIES = 256 };
+	struct kvm_cpuid2 *features = calloc(1, sizeof(*features) +
+					     ENTRIES * sizeof(features->entries[0]));
+	int error = -1;
+
+	if (!features)
+		return -1;
+	features->nent = ENTRIES;
+	if (!ioctl(kvm, KVM_GET_SUPPORTED_CPUID, features))
+		error = ioctl(machine.cpu, KVM_SET_CPUID2, features);
+	free(features);
+	return error;
+}
+
 /* 64-bit mode, with the first GiB mapped as it is. */
 static int set_registers(struct board *board)
 {
@@ -211,7 +228,9 @@ static int build_machine(size_t length)
 		return -1;
 	machine.run = mmap(NULL, ioctl(kvm, KVM_GET_VCPU_MMAP_SIZE, 0), PROT_READ | PROT_WRITE,
 			   MAP_SHARED, machine.cpu, 0);
-	return machine.run == MAP_FAILED ? -1 : set_registers(machine.board);
+	if (machine.run == MAP_FAILED || set_features(kvm))
+		return -1;
+	return set_registers(machine.board);
 }
 
 /* machine ADDRESS PAGES: pages that are all equal; runs until stop_machine */

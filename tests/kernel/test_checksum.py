@@ -31,7 +31,7 @@ def test_equal_pages_have_equal_checksums(stage: Stage, client: Client) -> None:
     assert (theirs["checksum"] == ours["checksum"][np.arange(PAGES) % 5]).all()
     assert set(ours["state"].tolist()) == {State.ANON}
     assert (ours["map_count"] == 1).all()
-    assert not ours["reserved"].any()
+    assert not ours["order"].any()
 
 
 @pytest.mark.parametrize("byte", [0, 1, 2047, 4095])

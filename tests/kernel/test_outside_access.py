@@ -18,6 +18,7 @@ from pathlib import Path
 from tests.kernel.actor import PAGE_BYTES, PROT_READ, content
 from tests.kernel.nbd import SlowDisk
 from tests.kernel.sharing import Merged
+from tests.kernel.syscalls import traced
 
 PAGES, SEED = Merged.PAGES, Merged.SEED
 PTRACE_POKEDATA, PTRACE_ATTACH, PTRACE_DETACH = 5, 16, 17
@@ -60,7 +61,8 @@ def test_debugger_writes_to_read_only_memory(merged: Merged, totals: list[int]) 
     """Through /proc/PID/mem, which as a breakpoint does overrides the protection."""
     alice = merged.alice
     alice.actor.ask("mprotect", alice.address, PAGES, PROT_READ)
-    with open(f"/proc/{alice.actor.pid}/mem", "r+b", buffering=0) as memory:
+    pid = alice.actor.pid
+    with traced(pid), open(f"/proc/{pid}/mem", "r+b", buffering=0) as memory:
         memory.seek(alice[0].address)
         memory.write(b"\xcc")
     assert alice.read(0) == 0xCC
