@@ -37,7 +37,7 @@ HARMLESS = (
     re.compile(r"traps: .* general protection fault ip:"),
     # How the processor of the moment is affected by hardware bugs, not what our code did.
     re.compile(r"(Spectre V2|RETBleed|MDS|TAA|MMIO Stale Data|SRSO|TSA) *: WARNING"),
-    # Somebody asked for a block of memory to be taken offline, and it can't be: a notice, with errno.
+    # Somebody asked for a block of memory to go offline, and it can not: a notice, with errno.
     re.compile(r"page dumped because: (unmovable page|migration failure)"),
     # The debug kernel introduces itself.
     re.compile(r"kmemleak: Kernel memory leak detector initialized"),
