@@ -137,13 +137,22 @@ class Failure:
             # Handing the number out could fail too: then that was the nth.
             if error.errno != errno.EFAULT:
                 raise
-        os.pwrite(self._file, b"0", 0)
+        self._stop()
         os.close(self._file)
         for event, site in _stacks((TRACING / "instances" / "mergemem" / "trace").read_text()):
             if event.startswith("failed"):
                 self.site = site
             else:
                 self.asked.append(site)
+
+    def _stop(self) -> None:
+        """No failure after this one. Taking the number in is something that can fail, too."""
+        try:
+            os.pwrite(self._file, b"0", 0)
+        except OSError as error:
+            if error.errno != errno.EFAULT:
+                raise
+            os.pwrite(self._file, b"0", 0)
 
 
 def _stacks(trace: str) -> Iterator[tuple[str, Site | None]]:
