@@ -130,5 +130,5 @@ def test_counters() -> None:
 
 
 def test_important_files_come_first() -> None:
-    names = ["test_agent.py", "test_load.py", "test_swap.py", "test_fault_injection.py"]
+    names = ["test_fault_injection.py", "test_agent.py", "test_load.py", "test_swap.py"]
     assert sorted(names, key=plugin.rank) == list(reversed(names))
