@@ -8,7 +8,6 @@ two actors, random writers in each     what each word must be is kept in a shado
 
 from __future__ import annotations
 
-import errno
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
@@ -18,7 +17,8 @@ import numpy as np
 
 from tests.kernel.actor import Page, Region
 from tests.kernel.contract import MAX_CANDIDATES, Result, State
-from tests.kernel.wire import Client, Refused
+from tests.kernel.sharing import unless_busy
+from tests.kernel.wire import Client
 
 Disturb = Callable[[], object]
 
@@ -74,12 +74,8 @@ def merge_disturbed(
     deadline = time.monotonic() + seconds
     try:
         while time.monotonic() < deadline:
-            try:
+            with unless_busy():
                 results.update(merge_equal(client, regions))
-            except Refused as refused:
-                # Whatever disturbs may hold mmap_lock for longer than a request waits.
-                if refused.errno != errno.EBUSY:
-                    raise
     finally:
         stop.set()
         thread.join()

@@ -3,15 +3,17 @@
 
 from __future__ import annotations
 
+import errno
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import ClassVar
 
 from tests.kernel import frames
 from tests.kernel.actor import Page, Region
 from tests.kernel.contract import Result
-from tests.kernel.wire import Client
+from tests.kernel.wire import Client, Refused
 
 # Far more than anything here takes, in a slow guest on a busy host.
 DEADLINE_SECONDS = 120
@@ -83,3 +85,13 @@ def wait_until(condition: Callable[[], bool], what: str, seconds: float = DEADLI
         assert time.monotonic() < deadline, f"still not so: {what}"
         time.sleep(pause_seconds)
         pause_seconds = min(2 * pause_seconds, 0.5)
+
+
+@contextmanager
+def unless_busy() -> Iterator[None]:
+    """A request that may end with EBUSY: whoever disturbs may hold mmap_lock longer than it waits."""
+    try:
+        yield
+    except Refused as refused:
+        if refused.errno != errno.EBUSY:
+            raise

@@ -18,7 +18,7 @@ import numpy as np
 
 from tests.kernel.actor import Page, Region, Stage
 from tests.kernel.contract import MAX_CANDIDATES, Result, State
-from tests.kernel.sharing import flat
+from tests.kernel.sharing import flat, unless_busy
 from tests.kernel.wire import Client
 
 SECONDS = float(os.environ.get("MERGEMEM_WRITERS_SECONDS", "60"))
@@ -65,15 +65,16 @@ def test_random_writers(stage: Stage, client: Client) -> None:
     chance = random.Random(1)
     rounds = 0
     while time.monotonic() < deadline:
-        nominated = equal_now(client, regions)
-        results.update(nominate(client, nominated))
+        with unless_busy():
+            results.update(nominate(client, equal_now(client, regions)))
         # And a few that are not equal: the kernel alone decides.
         liars = chance.sample([page for region in regions for page in region], 64)
         results.update(flat(client.merge(*zip(liars[::2], liars[1::2], strict=True))))
         # Sometimes all the way back.
         if not chance.randrange(8):
             region = chance.choice(regions)
-            client.unmerge(region.actor.key, region.address, PAGES)
+            with unless_busy():
+                client.unmerge(region.actor.key, region.address, PAGES)
         rounds += 1
     shared = client.info()
     for region in regions:
@@ -108,8 +109,9 @@ def test_churn(stage: Stage, client: Client) -> None:
     deadline = time.monotonic() + 0.3 * SECONDS
     results: Counter[Result] = Counter()
     while time.monotonic() < deadline:
-        if nominated := equal_now(client, regions):
-            results.update(nominate(client, nominated))
+        with unless_busy():
+            if nominated := equal_now(client, regions):
+                results.update(nominate(client, nominated))
         every = [page for region in regions for page in region]
         results.update(
             client.merge_candidates(
