@@ -89,7 +89,7 @@ def wait_until(condition: Callable[[], bool], what: str, seconds: float = DEADLI
 
 @contextmanager
 def unless_busy() -> Iterator[None]:
-    """A request that may end with EBUSY: whoever disturbs may hold mmap_lock longer than it waits."""
+    """A request that may be BUSY: whoever disturbs may hold mmap_lock for longer than it waits."""
     try:
         yield
     except Refused as refused:
