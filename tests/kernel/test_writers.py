@@ -81,11 +81,11 @@ def test_random_writers(stage: Stage, client: Client) -> None:
         writes, reads, *wrong = region.actor.ask("stop_writers").split(" ", 2)
         print(f"actor {region.actor.pid}: {writes} writes, {reads} reads")
         assert wrong in ([], [""]), wrong
-        # Or it was no test.
-        assert int(writes) > 1000 * SECONDS
-        assert int(reads) > 1000 * SECONDS
+        # Or it was no test; how much there is in a second is up to the machine.
+        assert int(writes) > 10000
+        assert int(reads) > 10000
     print(f"{rounds} rounds, {dict(results)}, at the end {shared.shared_mappings} mappings")
-    assert results[Result.SUCCESS] > 50 * SECONDS
+    assert results[Result.SUCCESS] > 500
     assert results[Result.NOTEQUAL] > 0
     assert set(results) <= {
         Result.SUCCESS,
@@ -123,6 +123,6 @@ def test_churn(stage: Stage, client: Client) -> None:
         rounds, *wrong = region.actor.ask("stop_churn").split(" ", 1)
         print(f"actor {region.actor.pid}: {rounds} rounds")
         assert not wrong, wrong
-        assert int(rounds) > SECONDS
+        assert int(rounds) > 5
     print(dict(results))
-    assert results[Result.SUCCESS] > 10 * SECONDS
+    assert results[Result.SUCCESS] > 50
