@@ -29,7 +29,7 @@ CHECKPATCH_IGNORED = (
     "MACRO_ARG_UNUSED",
 )
 # In tests that ask whether the right word is suggested.
-MISSPELT_ON_PURPOSE = "nam,nmae"
+MISSPELT_ON_PURPOSE = "lokal,nam,nmae"
 # Sparse follows no lock that one function takes and another drops, as page table walks do.
 SPARSE_FLAGS = "-D__CHECK_ENDIAN__ -Wno-context"
 
