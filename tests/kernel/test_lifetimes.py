@@ -188,7 +188,8 @@ def test_client_killed_in_the_middle_of_a_merge(stage: Stage, client: Client) ->
     # The moment is a matter of luck and of the host's speed; so try many, with a deadline.
     deadline = time.monotonic() + DEADLINE_SECONDS
     for attempt in itertools.count():
-        partial += killed_in_the_middle(attempt % 60 / 1000)
+        # From 1 ms to 1 s, and again.
+        partial += killed_in_the_middle(1.2 ** (attempt % 39) / 1000)
         assert time.monotonic() < deadline or partial, "no request was ever met in the middle"
         if partial >= 5:
             break
