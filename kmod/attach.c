@@ -33,7 +33,9 @@
  *                   it finds nothing and falls back to a page fault.
  *   rmap walks      (reclaim, migration) may pass by without the PTL when they
  *                   see none. They then find the page still mapped, give up, and
- *                   come again. Memory failure waits for the PTL.
+ *                   come again; reclaim has put it into the swap cache by then
+ *                   (mergemem_shared_take_charge()). Memory failure waits for
+ *                   the PTL.
  *   fork, mremap,   need the mmap_lock for writing; munmap takes the mapping out
  *   khugepaged,     under it before it comes here.
  *   munmap
@@ -178,8 +180,8 @@ static bool only_mapped(struct folio *folio, bool *locked)
 }
 
 /*
- * What memcmp() does, in half of its instructions: it tests every word, to say
- * which byte is the greater one. Most of a merge is spent here.
+ * Less than memcmp() does, which tests every word, to say which byte is the
+ * greater one. Most of a merge is spent here.
  */
 static bool equal_words(const u64 *a, const u64 *b)
 {

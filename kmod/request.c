@@ -63,7 +63,7 @@ static void admit(struct merge_request *request, const int *errors)
 	}
 }
 
-/* A client that asks in this order saves the sorting, a fifth of a merge. */
+/* A client that asks in this order saves the sorting, a good part of a merge. */
 static void sort_pages(struct merge_page *pages, unsigned int count)
 {
 	unsigned int i;

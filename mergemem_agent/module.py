@@ -241,7 +241,7 @@ class Module:
         different NUMA nodes may share a frame. A huge page is split if `split_percent` of its
         pages are in the request and equal to their groups; None: none is.
         """
-        # What comes sorted costs the kernel no sorting, which takes a fifth of a merge.
+        # What comes sorted costs the kernel no sorting.
         order = np.lexsort((candidates["address"], candidates["process"]))
         attributes: list[tuple[str, Any]] = [
             (Attribute.PROCESSES.name, _processes(processes, undumpable)),
