@@ -14,6 +14,10 @@
  * difference in one word always shows, and a few lines are not worth the start
  * and the end of xxh64. SipHash stands behind it as well.
  *
+ * A page that is read in full has its sample in the upper half of its checksum,
+ * so that it can be told from the sample of another page whether it is worth
+ * reading that one in full, too.
+ *
  * Somebody who can shape the content of pages may make different pages collide
  * in xxh64. That costs a comparison, and the comparison decides.
  *
@@ -85,15 +89,21 @@ static u64 sample(const void *bytes, unsigned int depth_bytes)
 	return sum;
 }
 
+static u32 keyed(u64 hash)
+{
+	return siphash_1u64(hash, &secret.key);
+}
+
 static u64 checksum(const void *bytes, unsigned int depth_bytes)
 {
-	u64 hash;
+	u64 upper, lower = 0;
 
-	if (depth_bytes == PAGE_SIZE)
-		hash = xxh64(bytes, PAGE_SIZE, secret.seed);
-	else
-		hash = sample(bytes, depth_bytes);
-	return siphash_1u64(hash, &secret.key);
+	if (depth_bytes == PAGE_SIZE) {
+		lower = keyed(xxh64(bytes, PAGE_SIZE, secret.seed));
+		depth_bytes = MERGEMEM_DEPTH_SAMPLE_BYTES;
+	}
+	upper = keyed(sample(bytes, depth_bytes));
+	return upper << 32 | lower;
 }
 
 static bool zero_filled(const u64 *words)
@@ -102,16 +112,43 @@ static bool zero_filled(const u64 *words)
 	return !words[0] && !memchr_inv(words, 0, PAGE_SIZE);
 }
 
-static void record_bytes(struct page *page, unsigned int depth_bytes,
-			 struct mergemem_record *record)
+/* What is read of one run, and how much of it so far. */
+struct reading {
+	const struct mergemem_depths *depths;
+	unsigned int bytes_under_lock;
+	unsigned long pages_in_full;
+	unsigned long pages_in_part;
+};
+
+static unsigned int depth_of(const struct mergemem_depths *depths,
+			     unsigned long address, bool merged)
+{
+	unsigned long page;
+
+	if (!depths->full)
+		return depths->others_bytes;
+	page = (address - depths->full_start) >> PAGE_SHIFT;
+	if (depths->full[page / 8] & BIT(page % 8))
+		return PAGE_SIZE;
+	return merged ? 0 : depths->others_bytes;
+}
+
+static void read_page(struct reading *reading, struct page *page,
+		      unsigned int depth_bytes, struct mergemem_record *record)
 {
 	void *bytes = kmap_local_page(page);
 
 	record->checksum = checksum(bytes, depth_bytes);
+	if (depth_bytes == PAGE_SIZE)
+		reading->pages_in_full++;
+	else
+		reading->pages_in_part++;
+	reading->bytes_under_lock += depth_bytes;
 	if ((record->state == MERGEMEM_STATE_ANON ||
-	     record->state == MERGEMEM_STATE_HUGE) &&
-	    depth_bytes == PAGE_SIZE && zero_filled(bytes))
+	     record->state == MERGEMEM_STATE_HUGE) && zero_filled(bytes)) {
 		record->state = MERGEMEM_STATE_ZERO;
+		reading->bytes_under_lock += PAGE_SIZE;
+	}
 	kunmap_local(bytes);
 }
 
@@ -132,25 +169,29 @@ static enum mergemem_state page_state(struct page *page, struct folio *folio)
 	return MERGEMEM_STATE_ANON;
 }
 
-static void record_page(struct page *page, unsigned int depth_bytes,
-			struct mergemem_record *record)
+static void record_page(struct reading *reading, struct page *page,
+			unsigned long address, struct mergemem_record *record)
 {
 	struct folio *folio = page_folio(page);
+	unsigned int depth_bytes;
 
 	record->state = page_state(page, folio);
 	if (record->state == MERGEMEM_STATE_REFUSED)
 		return;
 	record->map_count = compat_map_count(page);
 	record->order = folio_order(folio);
-	record_bytes(page, depth_bytes, record);
+	depth_bytes = depth_of(reading->depths, address,
+			       record->state == MERGEMEM_STATE_MERGED);
+	if (depth_bytes)
+		read_page(reading, page, depth_bytes, record);
 }
 
 /*
  * Mergeable mappings are anonymous, and none of PFNs: what is not special there is
  * an ordinary page, as vm_normal_page() would find at greater length.
  */
-static void record_pte(pte_t entry, unsigned int depth_bytes,
-		       struct mergemem_record *record)
+static void record_pte(struct reading *reading, pte_t entry,
+		       unsigned long address, struct mergemem_record *record)
 {
 	if (pte_none(entry)) {
 		record->state = MERGEMEM_STATE_ABSENT;
@@ -161,41 +202,54 @@ static void record_pte(pte_t entry, unsigned int depth_bytes,
 					MERGEMEM_STATE_ZERO_PAGE :
 					MERGEMEM_STATE_REFUSED;
 	} else {
-		record_page(pte_page(entry), depth_bytes, record);
+		record_page(reading, pte_page(entry), address, record);
 	}
 }
 
-static void fill_from_table(pte_t *pte, unsigned int pages,
-			    unsigned int depth_bytes,
-			    struct mergemem_record *records)
+static bool lock_held_long(const struct reading *reading)
 {
-	unsigned int i;
+	return reading->bytes_under_lock >= BYTES_PER_LOCK;
+}
 
-	for (i = 0; i < pages; i++)
-		record_pte(ptep_get(pte + i), depth_bytes, &records[i]);
+/* Both fill functions return how many pages they came to, at least one. */
+
+static unsigned int fill_from_table(struct reading *reading, pte_t *pte,
+				    unsigned long address, unsigned int pages,
+				    struct mergemem_record *records)
+{
+	unsigned int i = 0;
+
+	do {
+		record_pte(reading, ptep_get(pte + i), address + i * PAGE_SIZE,
+			   &records[i]);
+	} while (++i < pages && !lock_held_long(reading));
+	return i;
 }
 
 /*
  * A huge page: one entry for 512 pages. The huge zero page is the one that is
  * not anonymous.
  */
-static void fill_from_huge(struct mm_struct *mm, unsigned long address,
-			   unsigned int pages, unsigned int depth_bytes,
-			   struct mergemem_record *records)
+static unsigned int fill_from_huge(struct reading *reading,
+				   struct mm_struct *mm, unsigned long address,
+				   unsigned int pages,
+				   struct mergemem_record *records)
 {
 	spinlock_t *ptl;
 	struct page *page = mergemem_huge_lock(mm, address, &ptl);
-	unsigned int i;
+	unsigned int i = 0;
 
 	if (!page)
-		return;
-	for (i = 0; i < pages; i++) {
+		return pages;
+	do {
 		if (PageAnon(page + i))
-			record_page(page + i, depth_bytes, &records[i]);
+			record_page(reading, page + i, address + i * PAGE_SIZE,
+				    &records[i]);
 		else
 			records[i].state = MERGEMEM_STATE_ZERO_PAGE;
-	}
+	} while (++i < pages && !lock_held_long(reading));
 	spin_unlock(ptl);
+	return i;
 }
 
 /**
@@ -237,51 +291,39 @@ int mergemem_checksum_next_run(struct mm_struct *mm, unsigned long start,
 	return -ENOENT;
 }
 
-/* Every page that was read has a map count, and no other has one. */
-static void count_read(const struct mergemem_record *records,
-		       unsigned long pages, unsigned int depth_bytes)
-{
-	unsigned long i, read = 0;
-
-	for (i = 0; i < pages; i++)
-		read += records[i].map_count != 0;
-	if (depth_bytes == PAGE_SIZE)
-		mergemem_count(&mergemem_counted.checksummed_pages, read);
-	else
-		mergemem_count(&mergemem_counted.sampled_pages, read);
-}
-
 /**
  * mergemem_checksum_fill - write the records of a run
  * @mm: whose pages
  * @run: from mergemem_checksum_next_run(), under the same mmap_lock
- * @depth_bytes: how many bytes of each page enter the checksum
+ * @depths: how much of each page enters its checksum
  * @records: one per page of the run
  */
 void mergemem_checksum_fill(struct mm_struct *mm, const struct mergemem_run *run,
-			    unsigned int depth_bytes,
+			    const struct mergemem_depths *depths,
 			    struct mergemem_record *records)
 {
-	unsigned int pages_per_lock = BYTES_PER_LOCK / depth_bytes;
-	unsigned int done, pages;
+	struct reading reading = { .depths = depths };
+	unsigned long done = 0;
 
 	memset(records, 0, run->pages * sizeof(*records));
-	for (done = 0; done < run->pages; done += pages) {
+	while (done < run->pages) {
 		unsigned long address = run->address + done * PAGE_SIZE;
+		unsigned int left = run->pages - done;
 		spinlock_t *ptl;
-		pte_t *pte;
+		pte_t *pte = mergemem_pte_lock(mm, address, &ptl);
 
-		pages = min_t(unsigned int, pages_per_lock, run->pages - done);
-		pte = mergemem_pte_lock(mm, address, &ptl);
+		reading.bytes_under_lock = 0;
 		if (pte) {
-			fill_from_table(pte, pages, depth_bytes,
-					records + done);
+			done += fill_from_table(&reading, pte, address, left,
+						records + done);
 			pte_unmap_unlock(pte, ptl);
 		} else {
-			fill_from_huge(mm, address, pages, depth_bytes,
-				       records + done);
+			done += fill_from_huge(&reading, mm, address, left,
+					       records + done);
 		}
 		cond_resched();
 	}
-	count_read(records, run->pages, depth_bytes);
+	mergemem_count(&mergemem_counted.checksummed_pages,
+		       reading.pages_in_full);
+	mergemem_count(&mergemem_counted.sampled_pages, reading.pages_in_part);
 }

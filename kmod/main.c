@@ -66,5 +66,5 @@ module_init(mergemem_init);
 module_exit(mergemem_exit);
 
 MODULE_DESCRIPTION("Merge equal anonymous pages of running processes");
-MODULE_VERSION("0.2.0");
+MODULE_VERSION("0.3.0");
 MODULE_LICENSE("GPL");

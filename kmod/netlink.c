@@ -55,8 +55,9 @@ static const struct nla_policy checksum_policy[MERGEMEM_A_MAX + 1] = {
 	[MERGEMEM_A_PROCESSES] = ARRAY_MAX(struct mergemem_process, 1),
 	[MERGEMEM_A_ADDRESS] = { .type = NLA_U64 },
 	[MERGEMEM_A_PAGES] = U64_MIN(1),
-	[MERGEMEM_A_DEPTH] = NLA_POLICY_RANGE(NLA_U32, MERGEMEM_DEPTH_STEP_BYTES,
-					      MERGEMEM_DEPTH_FULL_BYTES),
+	[MERGEMEM_A_DEPTH] = NLA_POLICY_MAX(NLA_U32, MERGEMEM_DEPTH_FULL_BYTES),
+	[MERGEMEM_A_FULL_PAGES] = NLA_POLICY_RANGE(NLA_BINARY, 1,
+						   MERGEMEM_MAX_FULL_PAGES / 8),
 };
 
 static const struct nla_policy merge_policy[MERGEMEM_A_MAX + 1] = {
@@ -252,10 +253,15 @@ static int info_doit(struct sk_buff *skb, struct genl_info *info)
 
 /* ---- CHECKSUM ---- */
 
-/* Where a dump is; lives in the callback between its parts. */
+/*
+ * Where a dump is; lives in the callback between its parts. The bitmap lies in
+ * the request, which the netlink core keeps until the dump is over.
+ */
 struct checksum_dump {
 	struct page_range range;	/* start moves on */
-	u32 depth_bytes;
+	const u8 *full;
+	u32 full_pages;			/* bits of it, up to the end of range */
+	u16 depth_bytes;
 	bool parsed;
 };
 
@@ -265,6 +271,24 @@ static_assert(sizeof(struct checksum_dump) <=
 static struct checksum_dump *dump_of(struct netlink_callback *cb)
 {
 	return (struct checksum_dump *)cb->ctx;
+}
+
+static int parse_full_pages(struct nlattr *attr, struct netlink_ext_ack *extack,
+			    struct checksum_dump *dump)
+{
+	const struct page_range *range = &dump->range;
+	unsigned long pages = (range->end - range->start) >> PAGE_SHIFT;
+
+	if (!attr)
+		return 0;
+	if (nla_len(attr) != DIV_ROUND_UP(pages, 8)) {
+		NL_SET_ERR_MSG_ATTR(extack, attr,
+				    "FULL_PAGES does not have one bit for each of PAGES");
+		return -EINVAL;
+	}
+	dump->full = nla_data(attr);
+	dump->full_pages = pages;
+	return 0;
 }
 
 static int parse_checksum(struct nlattr **attrs, struct netlink_ext_ack *extack,
@@ -282,8 +306,21 @@ static int parse_checksum(struct nlattr **attrs, struct netlink_ext_ack *extack,
 				    "DEPTH is not a multiple of 64 bytes");
 		return -EINVAL;
 	}
+	err = parse_full_pages(attrs[MERGEMEM_A_FULL_PAGES], extack, dump);
+	if (err)
+		return err;
 	dump->parsed = true;
 	return 0;
+}
+
+static struct mergemem_depths depths_of(const struct checksum_dump *dump)
+{
+	return (struct mergemem_depths){
+		.full = dump->full,
+		.full_start = dump->range.end -
+			      ((unsigned long)dump->full_pages << PAGE_SHIFT),
+		.others_bytes = dump->depth_bytes,
+	};
 }
 
 /* Room for records behind what a message needs besides; 0 when there is none. */
@@ -302,6 +339,7 @@ static unsigned long records_that_fit(const struct sk_buff *skb)
 static int put_run(struct sk_buff *skb, struct netlink_callback *cb,
 		   struct mm_struct *mm, struct mergemem_run *run)
 {
+	const struct mergemem_depths depths = depths_of(dump_of(cb));
 	struct nlattr *records;
 	void *header;
 
@@ -328,8 +366,7 @@ static int put_run(struct sk_buff *skb, struct netlink_callback *cb,
 					    MERGEMEM_A_PAD);
 		if (!records)
 			goto no_room;
-		mergemem_checksum_fill(mm, run, dump_of(cb)->depth_bytes,
-				       nla_data(records));
+		mergemem_checksum_fill(mm, run, &depths, nla_data(records));
 	}
 	genlmsg_end(skb, header);
 	return 0;

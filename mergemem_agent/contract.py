@@ -17,13 +17,15 @@ from typing import Final
 import numpy as np
 
 FAMILY_NAME: Final = "mergemem"
-CONTRACT_VERSION: Final = 2
+CONTRACT_VERSION: Final = 3
 
 # Limits of one request. INFO reports those of the loaded module, and those count.
 MAX_PROCESSES: Final = 1024
 MAX_CANDIDATES: Final = 4000
 MAX_UNMERGE_PAGES: Final = 16384
+MAX_FULL_PAGES: Final = 65536
 DEPTH_STEP_BYTES: Final = 64
+DEPTH_SAMPLE_BYTES: Final = 256
 DEPTH_FULL_BYTES: Final = 4096
 
 PAGE_BYTES: Final = 4096
@@ -66,6 +68,7 @@ class Attribute(enum.IntEnum):
     FLAGS = 18
     SPLIT_PERCENT = 19
     COUNT_ONLY = 20
+    FULL_PAGES = 21
 
 
 class Feature(enum.IntFlag):

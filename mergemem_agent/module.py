@@ -119,6 +119,7 @@ class _Message(genlmsg):  # type: ignore[misc]
         (Attribute.FLAGS.name, "uint32"),
         (Attribute.SPLIT_PERCENT.name, "uint32"),
         (Attribute.COUNT_ONLY.name, "flag"),
+        (Attribute.FULL_PAGES.name, "cdata"),
     )
 
 
@@ -206,20 +207,28 @@ class Module:
         pages: int,
         depth_bytes: int = contract.DEPTH_FULL_BYTES,
         undumpable: bool = False,
+        full: Array | None = None,
     ) -> Iterator[Run]:
         """Yield what is mapped in `pages` pages from `address`, in ascending order.
 
+        Of each page `depth_bytes` enter the checksum; 0: none is read. With `full`, a bool for
+        each page, those set are read in full, and of the others merged pages are not read at all.
         Pages of which no run tells are absent. Raises NoSuchProcess, AccessDenied, Busy.
         """
         end = address + pages * PAGE_BYTES
         named = _processes([process], {process} if undumpable else ())
         for start in range(address, end, PAGES_PER_DUMP * PAGE_BYTES):
-            request = [
+            first, count = (start - address) // PAGE_BYTES, (end - start) // PAGE_BYTES
+            count = min(PAGES_PER_DUMP, count)
+            request: list[tuple[str, Any]] = [
                 (Attribute.PROCESSES.name, named),
                 (Attribute.ADDRESS.name, start),
-                (Attribute.PAGES.name, min(PAGES_PER_DUMP, (end - start) // PAGE_BYTES)),
+                (Attribute.PAGES.name, count),
                 (Attribute.DEPTH.name, depth_bytes),
             ]
+            if full is not None:
+                bitmap = np.packbits(full[first : first + count], bitorder="little").tobytes()
+                request.append((Attribute.FULL_PAGES.name, bitmap))
             try:
                 replies = self._netlink.dump(Command.CHECKSUM, request)
             except NetlinkFailure as failure:

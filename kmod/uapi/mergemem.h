@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: GPL-2.0 WITH Linux-syscall-note */
 /*
  * The contract between mergemem.ko and user space: generic netlink family
- * "mergemem", contract version 2.
+ * "mergemem", contract version 3.
  *
  * User space searches, the kernel decides. A client sees checksums, map counts
  * and states of pages, never their bytes nor their frame numbers; it names
@@ -28,6 +28,7 @@
  *                                                 LIMITS COUNTERS TOTALS
  *   CHECKSUM   dump  PROCESSES (exactly one)      per message: ADDRESS and
  *                    ADDRESS PAGES DEPTH          either RECORDS or REFUSED
+ *                    [FULL_PAGES]
  *   MERGE      do    PROCESSES CANDIDATES         RESULTS
  *                    [FLAGS] [SPLIT_PERCENT]
  *   UNMERGE    do    PROCESSES (exactly one)      UNMERGED NEXT
@@ -39,13 +40,15 @@
 #include <linux/types.h>
 
 #define MERGEMEM_FAMILY_NAME		"mergemem"
-#define MERGEMEM_CONTRACT_VERSION	2
+#define MERGEMEM_CONTRACT_VERSION	3
 
 /* Limits of one request; INFO reports them in struct mergemem_limits. */
 #define MERGEMEM_MAX_PROCESSES		1024	/* entries in PROCESSES */
 #define MERGEMEM_MAX_CANDIDATES		4000	/* entries in CANDIDATES */
 #define MERGEMEM_MAX_UNMERGE_PAGES	16384	/* pages changed by one UNMERGE */
+#define MERGEMEM_MAX_FULL_PAGES		65536	/* PAGES of a CHECKSUM with FULL_PAGES */
 #define MERGEMEM_DEPTH_STEP_BYTES	64	/* DEPTH is a multiple of this */
+#define MERGEMEM_DEPTH_SAMPLE_BYTES	256	/* what a full checksum has in its upper half */
 #define MERGEMEM_DEPTH_FULL_BYTES	4096	/* the whole page */
 
 /**
@@ -64,6 +67,13 @@
  *	equal pages have equal checksums (for one DEPTH and one load of the
  *	module) and nothing else can be learnt from it. Two different pages may
  *	share a checksum, which costs a comparison, never a wrong merge.
+ *	Below MERGEMEM_DEPTH_FULL_BYTES the lower 32 bits are 0. Those of a page
+ *	read in full are of all its bytes; its upper 32 bits are those that it
+ *	has at MERGEMEM_DEPTH_SAMPLE_BYTES, so one that was read in full is
+ *	compared by them with one that was sampled.
+ *	With FULL_PAGES the pages of its set bits are read in full, whatever they
+ *	are. Of the others DEPTH bytes are read, unless they are merged pages
+ *	already: these are only counted, with state and map count.
  *	Errors: -ESRCH no such process (any more), -EACCES access denied or the
  *	process is not dumpable, -EBUSY its mmap_lock could not be had, or it
  *	is in the middle of an exec. All errors of a dump, those of a malformed
@@ -122,9 +132,10 @@ enum mergemem_command {
  * @MERGEMEM_A_PAGES: u64, number of pages, at least 1; the range must lie
  *	within the user address space
  * @MERGEMEM_A_DEPTH: u32, how many bytes of each page enter the checksum:
- *	MERGEMEM_DEPTH_STEP_BYTES to MERGEMEM_DEPTH_FULL_BYTES. Less than the
- *	whole page is a sample of cache lines in a secret order: cheap, enough
- *	to see that a page is unique, not enough to nominate it.
+ *	a multiple of MERGEMEM_DEPTH_STEP_BYTES up to MERGEMEM_DEPTH_FULL_BYTES.
+ *	Less than the whole page is a sample of cache lines in a secret order:
+ *	cheap, enough to see that a page is unique, not enough to nominate it.
+ *	0: states and map counts alone.
  * @MERGEMEM_A_RECORDS: array of struct mergemem_record
  * @MERGEMEM_A_REFUSED: u64, number of pages
  * @MERGEMEM_A_CANDIDATES: array of struct mergemem_candidate, 1 to
@@ -135,6 +146,9 @@ enum mergemem_command {
  * @MERGEMEM_A_FLAGS: u32, bits of enum mergemem_merge_flag
  * @MERGEMEM_A_SPLIT_PERCENT: u32, 1 to 100; without it nothing is split
  * @MERGEMEM_A_COUNT_ONLY: flag, no content
+ * @MERGEMEM_A_FULL_PAGES: bitmap over PAGES, which are MERGEMEM_MAX_FULL_PAGES at
+ *	most: bit n % 8 of byte n / 8 is the page n pages from ADDRESS. As many
+ *	bytes as that takes.
  */
 enum mergemem_attribute {
 	MERGEMEM_A_UNSPEC,
@@ -158,6 +172,7 @@ enum mergemem_attribute {
 	MERGEMEM_A_FLAGS,
 	MERGEMEM_A_SPLIT_PERCENT,
 	MERGEMEM_A_COUNT_ONLY,
+	MERGEMEM_A_FULL_PAGES,
 	__MERGEMEM_A_MAX,
 };
 #define MERGEMEM_A_MAX (__MERGEMEM_A_MAX - 1)
@@ -238,9 +253,9 @@ struct mergemem_candidate {
  * @MERGEMEM_STATE_ZERO_PAGE: the kernel's zero page; it takes no frame
  * @MERGEMEM_STATE_ANON: an ordinary anonymous page, with checksum
  * @MERGEMEM_STATE_ZERO: an anonymous page that is filled with zeros (told at
- *	full depth only), with checksum; of a large folio if the order says so
- * @MERGEMEM_STATE_MERGED: a merged page, with checksum; map_count mappings
- *	share it
+ *	any depth but 0), with checksum; of a large folio if the order says so
+ * @MERGEMEM_STATE_MERGED: a merged page, with checksum if it was read;
+ *	map_count mappings share it
  * @MERGEMEM_STATE_HUGE: part of a huge page or large folio, with checksum;
  *	merged only where the request lets it be split
  * @MERGEMEM_STATE_PINNED: in use by I/O, with checksum; not merged meanwhile
@@ -262,7 +277,8 @@ enum mergemem_state {
 /**
  * struct mergemem_record - one page as CHECKSUM saw it
  *
- * @checksum: keyed checksum; 0 where the state says there is none
+ * @checksum: keyed checksum; 0 where the state says that there is none, and
+ *	where the page was not read
  * @map_count: how many page-table entries map the frame
  * @state: enum mergemem_state
  * @order: the page belongs to a folio of 2^order pages; 9 is a huge page

@@ -15,6 +15,7 @@
 #define STRANGE_PROCESSES 4
 /* Most requests are about few pages; some are as large as they may be. */
 #define FEW_CANDIDATES 24
+#define FEW_FULL_PAGES 4096
 
 struct part {
 	uint16_t kind;
@@ -124,11 +125,24 @@ static struct mergemem_process choose_range(struct composer *composer,
 	return victims->process[range->victim];
 }
 
+static void compose_depths(struct composer *composer, uint64_t pages)
+{
+	uint32_t depth_bytes = below(composer, 65) * 64;
+	uint32_t bytes = (pages + 7) / 8;
+	uint8_t *full;
+
+	add_part(composer, MERGEMEM_A_DEPTH, &depth_bytes, sizeof(depth_bytes));
+	if (pages > FEW_FULL_PAGES || below(composer, 2))
+		return;
+	full = add_part(composer, MERGEMEM_A_FULL_PAGES, NULL, bytes)->content;
+	for (uint32_t i = 0; i < bytes; i++)
+		full[i] = below(composer, 3) ? 0 : below(composer, 256);
+}
+
 static void compose_range(struct composer *composer, const struct victims *victims)
 {
 	uint64_t address, pages;
 	struct mergemem_process process = choose_range(composer, victims, &address, &pages);
-	uint32_t depth_bytes = (1 + below(composer, 64)) * 64;
 
 	add_part(composer, MERGEMEM_A_PROCESSES, &process, sizeof(process));
 	add_part(composer, MERGEMEM_A_ADDRESS, &address, sizeof(address));
@@ -136,7 +150,7 @@ static void compose_range(struct composer *composer, const struct victims *victi
 		pages = 1UL << below(composer, 36);
 	add_part(composer, MERGEMEM_A_PAGES, &pages, sizeof(pages));
 	if (composer->command == MERGEMEM_CMD_CHECKSUM)
-		add_part(composer, MERGEMEM_A_DEPTH, &depth_bytes, sizeof(depth_bytes));
+		compose_depths(composer, pages);
 	else if (!below(composer, 3))
 		add_part(composer, MERGEMEM_A_COUNT_ONLY, NULL, 0);
 }

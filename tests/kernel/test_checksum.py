@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import errno
+import struct
 from collections import Counter
 
 import numpy as np
@@ -10,12 +12,13 @@ import pytest
 
 from tests.kernel import frames
 from tests.kernel.actor import MADV_DONTNEED, PAGE_BYTES, Region, Stage
-from tests.kernel.contract import State
+from tests.kernel.contract import DEPTH_SAMPLE_BYTES, Attribute, Command, State
 from tests.kernel.module import Module
 from tests.kernel.sharing import merge_all
-from tests.kernel.wire import Client
+from tests.kernel.wire import NLM_F_DUMP, Client, Refused, attribute, range_payload
 
 PAGES, SEED = 16, 60
+LOWER_HALF = np.uint64(0xFFFF_FFFF)
 
 
 def states(client: Client, region: Region, depth: int = 4096) -> list[int]:
@@ -77,8 +80,83 @@ def test_states(stage: Stage, client: Client) -> None:
     assert not records["checksum"][2:4].any()
     assert records["checksum"][[0, 1]].all()
     assert (records["checksum"][4:] == client.records(bob)["checksum"][4:]).all()
-    # A sample of zeros is no proof of a zero page.
-    assert states(client, alice, 64)[1] == State.ANON
+    assert states(client, alice, 64) == states(client, alice)
+    # Of what is not read, nobody can say that it is filled with zeros.
+    assert states(client, alice, 0)[1] == State.ANON
+
+
+def test_a_full_checksum_begins_with_its_sample(stage: Stage, client: Client) -> None:
+    """So one that was read in full can be compared with one that was sampled."""
+    region = stage.start().region(PAGES, SEED)
+    full = client.records(region)["checksum"]
+    sampled = client.records(region, DEPTH_SAMPLE_BYTES)["checksum"]
+    assert (full >> np.uint64(32) == sampled >> np.uint64(32)).all()
+    assert not (sampled & LOWER_HALF).any()
+    assert len(np.unique(full & LOWER_HALF)) == PAGES
+    shallower = client.records(region, 64)["checksum"]
+    assert (shallower >> np.uint64(32) != sampled >> np.uint64(32)).all()
+
+
+def test_some_pages_in_full(stage: Stage, client: Client) -> None:
+    """Those asked for in full, others sampled; merged pages only if they are asked for."""
+    alice, bob = (stage.start().region(PAGES, SEED) for _ in range(2))
+    merge_all(client, alice, bob)
+    for page in range(0, PAGES, 2):
+        alice.write(page, page ^ 0x5A)
+    full = client.records(alice)
+    sampled = client.records(alice, DEPTH_SAMPLE_BYTES)
+    before = client.info().counters
+    chosen = [2, 3, 8, 15]
+    seen = client.records(alice, DEPTH_SAMPLE_BYTES, full=chosen)
+    for page in range(PAGES):
+        if page in chosen:
+            assert seen[page] == full[page]
+        elif page % 2:
+            assert (seen[page]["state"], seen[page]["map_count"]) == (State.MERGED, 2)
+            assert not seen[page]["checksum"]
+        else:
+            assert seen[page] == sampled[page]
+    after = client.info().counters
+    assert after["checksummed_pages"] - before["checksummed_pages"] == len(chosen)
+    assert after["sampled_pages"] - before["sampled_pages"] == PAGES // 2 - 2
+
+
+def test_states_alone(stage: Stage, client: Client) -> None:
+    """At depth 0 no page is read, but for those asked for in full."""
+    region = stage.start().region(PAGES, SEED)
+    before = client.info().counters
+    records = client.records(region, 0)
+    assert not records["checksum"].any()
+    assert set(records["state"].tolist()) == {State.ANON}
+    assert (records["map_count"] == 1).all()
+    assert client.info().counters == before
+    seen = client.records(region, 0, full=[5])
+    assert np.flatnonzero(seen["checksum"]).tolist() == [5]
+
+
+def test_pages_in_full_over_many_messages(stage: Stage, client: Client) -> None:
+    """The bitmap belongs to the whole range, of which each message is a part."""
+    actor = stage.start()
+    region = actor.region(3000, SEED)
+    wanted = [0, 7, 8, 511, 512, 513, 1023, 2047, 2048, 2999]
+    seen = client.records(region, 0, full=wanted)
+    assert np.flatnonzero(seen["checksum"]).tolist() == wanted
+    assert (seen["checksum"][wanted] == client.records(region)["checksum"][wanted]).all()
+    # As well when the range begins in the middle of a byte of nobody's bitmap.
+    (run,) = client.checksum(actor.key, region[513].address, 9, 0, full=[8])
+    assert np.flatnonzero(run.records["checksum"]).tolist() == [8]
+
+
+@pytest.mark.parametrize(("pages", "bytes_given"), [(8, 2), (9, 1), (16, 1), (65537, 8193)])
+def test_bitmap_of_another_size(stage: Stage, client: Client, pages: int, bytes_given: int) -> None:
+    region = stage.start().region(PAGES, SEED)
+    payload = range_payload(region.actor.key, region.address, pages)
+    payload += attribute(Attribute.DEPTH, struct.pack("=I", 0))
+    payload += attribute(Attribute.FULL_PAGES, bytes(bytes_given))
+    with pytest.raises(Refused) as refused:
+        client.request(Command.CHECKSUM, payload, NLM_F_DUMP)
+    assert refused.value.errno in (errno.EINVAL, errno.ERANGE)
+    assert refused.value.text
 
 
 def test_map_count_of_forked_pages(stage: Stage, client: Client) -> None:

@@ -21,6 +21,7 @@ from tests.kernel.contract import (
     CANDIDATE,
     GROUP_ZERO,
     MAX_CANDIDATES,
+    MAX_FULL_PAGES,
     MAX_PROCESSES,
     PROCESS,
     RECORD,
@@ -47,6 +48,7 @@ U64 = struct.Struct("=Q")
 U32 = struct.Struct("=I")
 # What a request may have besides what it must have.
 OPTIONAL: dict[int, tuple[A, ...]] = {
+    Command.CHECKSUM: (A.FULL_PAGES,),
     Command.MERGE: (A.FLAGS, A.SPLIT_PERCENT),
     Command.UNMERGE: (A.COUNT_ONLY,),
 }
@@ -189,20 +191,20 @@ def wrong_group(chance: random.Random, broken: Message) -> None:
 
 def wrong_depth(chance: random.Random, broken: Message) -> None:
     if broken.command == Command.CHECKSUM:
-        depth = chance.choice([0, 1, 63, 65, 4095, 4097, 4160, 1 << 31, (1 << 32) - 64])
-        broken.attributes[A.DEPTH] = U32.pack(depth)
+        depth = chance.choice([1, 63, 65, 4095, 4097, 4160, 1 << 31, (1 << 32) - 64])
+        broken.attributes[A.DEPTH] = chance.choice([U32.pack(depth), b"", U64.pack(64)])
     else:
         too_long(chance, broken)
 
 
 def wrong_options(chance: random.Random, broken: Message) -> None:
     """Of a right attribute: a number out of its range, or not of its length."""
-    kind = chance.choice(OPTIONAL.get(broken.command, (A.DEPTH,)))
+    kind = chance.choice(OPTIONAL[broken.command])
     wrong = {
         A.FLAGS: [U32.pack(bit) for bit in (1 << 1, 1 << 31, (1 << 32) - 1)] + [b"", bytes(3)],
         A.SPLIT_PERCENT: [U32.pack(share) for share in (0, 101, 1 << 31)] + [b"", b"\x19"],
         A.COUNT_ONLY: [b"\x01", U32.pack(1)],
-        A.DEPTH: [b"", U64.pack(64)],
+        A.FULL_PAGES: [b"", bytes(2), bytes(MAX_FULL_PAGES // 8 + 1)],
     }
     broken.attributes[kind] = chance.choice(wrong[kind])
 

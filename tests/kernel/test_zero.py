@@ -11,7 +11,7 @@ import pytest
 
 from tests.kernel import frames
 from tests.kernel.actor import MADV_DONTDUMP, PROT_NONE, PROT_READ, PROT_WRITE, Region, Stage
-from tests.kernel.contract import DEPTH_FULL_BYTES, GROUP_ZERO, Result, State
+from tests.kernel.contract import DEPTH_FULL_BYTES, DEPTH_SAMPLE_BYTES, GROUP_ZERO, Result, State
 from tests.kernel.module import Module
 from tests.kernel.sharing import pairs
 from tests.kernel.wire import Client
@@ -287,13 +287,13 @@ def test_no_process_no_page(stage: Stage, client: Client) -> None:
 
 
 def test_checksum_reports_them_before(stage: Stage, client: Client) -> None:
-    """At full depth only: a sample of zeros proves nothing."""
+    """At any depth, and never one with a byte in it that was not sampled."""
     region = zeros(stage)
-    region.write(1, 1)
-    states = client.records(region)["state"].tolist()
-    assert states == [State.ZERO, State.ANON, *[State.ZERO] * (PAGES - 2)]
-    sampled = client.records(region, depth=DEPTH_FULL_BYTES // 16)
-    assert set(sampled["state"].tolist()) == {State.ANON}
+    region.actor.ask("write", region[1].address + 4095, 1)
+    expected = [State.ZERO, State.ANON, *[State.ZERO] * (PAGES - 2)]
+    for depth in (DEPTH_FULL_BYTES, DEPTH_SAMPLE_BYTES, 64):
+        assert client.records(region, depth)["state"].tolist() == expected
+    assert set(client.records(region, 0)["state"].tolist()) == {State.ANON}
 
 
 def test_unmerge_leaves_them(stage: Stage, client: Client) -> None:

@@ -10,7 +10,7 @@ import os
 import re
 import socket
 import struct
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Self
@@ -186,16 +186,25 @@ class Client(Socket):
         pages: int,
         depth: int = DEPTH_FULL_BYTES,
         flags: int = 0,
+        full: Collection[int] | None = None,
     ) -> list[Run]:
-        """CHECKSUM: the runs of a range."""
-        payload = _range(process, address, pages, flags)
+        """CHECKSUM: the runs of a range; `full` are the numbers of pages to be read in full."""
+        payload = range_payload(process, address, pages, flags)
         payload += attribute(Attribute.DEPTH, struct.pack("=I", depth))
+        if full is not None:
+            payload += attribute(Attribute.FULL_PAGES, bitmap(full, pages))
         return [_run(reply) for reply in self.request(Command.CHECKSUM, payload, NLM_F_DUMP)]
 
-    def records(self, region: Region, depth: int = DEPTH_FULL_BYTES) -> Records:
+    def records(
+        self,
+        region: Region,
+        depth: int = DEPTH_FULL_BYTES,
+        full: Collection[int] | None = None,
+    ) -> Records:
         """CHECKSUM: one record per page of a region; 0 where there was no message."""
         records = np.zeros(region.pages, RECORD)
-        for run in self.checksum(region.actor.key, region.address, region.pages, depth):
+        of_region = region.actor.key, region.address, region.pages
+        for run in self.checksum(*of_region, depth, full=full):
             first = (run.address - region.address) // 4096
             records[first : first + len(run.records)] = run.records
         return records
@@ -286,11 +295,17 @@ def unmerge_payload(
     process: ProcessKey, address: int, pages: int, *, count_only: bool = False
 ) -> bytes:
     """The attributes of UNMERGE."""
-    payload = _range(process, address, pages, 0)
+    payload = range_payload(process, address, pages)
     return payload + attribute(Attribute.COUNT_ONLY, b"") if count_only else payload
 
 
-def _range(process: ProcessKey, address: int, pages: int, flags: int) -> bytes:
+def bitmap(numbers: Collection[int], pages: int) -> bytes:
+    """The payload of FULL_PAGES, with the bits of some of `pages` pages set."""
+    bits = sum(1 << number for number in set(numbers))
+    return bits.to_bytes((pages + 7) // 8, "little")
+
+
+def range_payload(process: ProcessKey, address: int, pages: int, flags: int = 0) -> bytes:
     return (
         attribute(Attribute.PROCESSES, processes([process], flags))
         + attribute(Attribute.ADDRESS, struct.pack("=Q", address))

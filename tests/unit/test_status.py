@@ -19,14 +19,14 @@ MIB_PAGES = 256
 RESULTS = dict.fromkeys(Result, 0) | {Result.SUCCESS: 99, Result.ZEROED: 77}
 INFO = Info(
     contract_version=2,
-    module_version="0.2.0",
+    module_version="0.3.0",
     features=Feature.SPLIT,
     limits=Limits(1024, 4000, 16384, 4096, 64 << 20),
     counters=Counters(1, 2, 3, 4, 5, 6, RESULTS, split_folios=11, split_failures=3),
     totals=Totals(shared_pages=10 * MIB_PAGES, shared_mappings=40 * MIB_PAGES),
 )
 SNAPSHOT = Snapshot(
-    agent_version="0.2.0",
+    agent_version="0.3.0",
     pid=4711,
     taken_at=0.0,
     counts=Counts(
