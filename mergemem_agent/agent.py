@@ -36,6 +36,7 @@ from mergemem_agent.notify import Notifier
 from mergemem_agent.pipeline import Pipeline
 from mergemem_agent.policy import PolicySet
 from mergemem_agent.policy_file import default_paths, load
+from mergemem_agent.pressure import Pressure
 from mergemem_agent.procfs import ProcFs
 
 log = logging.getLogger(__name__)
@@ -106,6 +107,7 @@ class Agent:
         self._policies = _load(options)
         self._reload = ReloadState(successes=1, succeeded_at=time.time())
         self._budget = _budget(self._policies)
+        self._pressure = Pressure(self._policies.agent)
         self._signals = Signals()
         self._pipeline = Pipeline(self._policies, procfs, self._budget, self._pace)
         self._module: Module | None = None
@@ -231,6 +233,7 @@ class Agent:
         else:
             self._warn_of_metrics_change(policies)
             self._policies, self._budget = policies, _budget(policies)
+            self._pressure.change_settings(policies.agent)
             self._pipeline.change_policies(policies, self._budget)
             self._reload = replace(
                 self._reload,
@@ -250,12 +253,13 @@ class Agent:
     # --- what others see ---------------------------------------------------------------------
 
     def _publish(self, force: bool = False) -> None:
-        """Take a snapshot for metrics and `mergemem status`, if it is time for that."""
+        """Now and then, heed the host's pressure, and tell metrics and `mergemem status`."""
         self._notifier.alive()
         now = time.monotonic()
         if now < self._snapshot_due and not force:
             return
         self._snapshot_due = now + SNAPSHOT_SECONDS
+        self._budget.set_percent(self._pressure.budget_percent())
         self._snapshot = snapshot = self._take_snapshot()
         self._write_status(snapshot)
         merged = sum(memory.merged_pages for memory in snapshot.memory.values())
@@ -281,7 +285,8 @@ class Agent:
             memory=self._pipeline.memory(),
             queue=self._pipeline.queue.state(),
             reload=self._reload,
-            budget_percent=self._policies.agent.budget_percent,
+            budget_percent=self._budget.percent,
+            pressure=self._pressure.state,
             max_shared_bytes=self._policies.agent.max_shared_bytes,
             user_seconds=usage.user,
             system_seconds=usage.system,

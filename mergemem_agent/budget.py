@@ -22,7 +22,9 @@ import time
 from collections.abc import Callable
 from typing import Final
 
-BURST_SECONDS: Final = 2.0
+# A tenth above the budget is what any ten seconds may take: one second of earning, for the burst
+# and the slice that overdraws it together.
+BURST_SECONDS: Final = 0.5
 
 # A budget of nothing would wait for ever; this one works a second a day.
 _LEAST_PERCENT: Final = 0.001
@@ -51,6 +53,12 @@ class Account:
         earned = (now - self._updated) * self._rate
         self._balance_seconds = min(self._full_seconds, self._balance_seconds + earned)
         self._updated = now
+
+    def set_percent(self, percent: float, now: float) -> None:
+        """Earn at another rate from now on; what was overdrawn stays so."""
+        self._earn(now)
+        self.percent = percent
+        self._balance_seconds = min(self._balance_seconds, self._full_seconds)
 
     def pay(self, cpu_seconds: float, now: float) -> None:
         """Take what a slice has cost."""
@@ -81,9 +89,26 @@ class Budget:
         self._cpu_clock = cpu_clock
         self._paid_until = cpu_clock()
         self._agent = Account(agent_percent, clock())
+        self._agent_percent = agent_percent
+        self._policy_percent = dict(policy_percent)
         self._policies = {
             name: Account(percent, clock()) for name, percent in policy_percent.items()
         }
+
+    @property
+    def percent(self) -> float:
+        """What the agent may take of one CPU at present."""
+        return self._agent.percent
+
+    def set_percent(self, percent: float) -> None:
+        """Let the agent take `percent` of one CPU, and each policy its own in proportion."""
+        if percent == self._agent.percent:
+            return
+        now = self._clock()
+        self._agent.set_percent(percent, now)
+        for name, account in self._policies.items():
+            share = percent / self._agent_percent
+            account.set_percent(min(100.0, self._policy_percent[name] * share), now)
 
     def charge(self, policy: str = "") -> float:
         """Pay for the CPU time since the last charge, on behalf of a policy or of the agent alone.

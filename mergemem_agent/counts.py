@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import enum
 from collections import Counter, defaultdict
 from dataclasses import dataclass, field
 from typing import Any
 
 from mergemem_agent.contract import Result
 from mergemem_agent.info import Info
+from mergemem_agent.pressure import PressureState
 from mergemem_agent.scan import QueueState
 
 
@@ -91,7 +93,8 @@ class Snapshot:
     memory: dict[str, PolicyMemory]  # by policy
     queue: QueueState
     reload: ReloadState
-    budget_percent: float
+    budget_percent: float  # at present: the policy's, or what pressure has made of it
+    pressure: PressureState
     max_shared_bytes: int | None
     user_seconds: float
     system_seconds: float
@@ -113,6 +116,8 @@ def _plain(value: Any) -> Any:
         return {
             field.name: _plain(getattr(value, field.name)) for field in dataclasses.fields(value)
         }
+    if isinstance(value, enum.Enum) and not isinstance(value, int):
+        return value.value
     if isinstance(value, dict):
         return {
             key.name.lower() if isinstance(key, Result) else key: _plain(item)

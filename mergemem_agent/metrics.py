@@ -115,6 +115,13 @@ def _cpu_seconds(snapshot: Snapshot) -> Iterable[Sample]:
     return [(("user",), snapshot.user_seconds), (("system",), snapshot.system_seconds)]
 
 
+def _pressure(snapshot: Snapshot) -> Iterator[Sample]:
+    state = snapshot.pressure
+    for resource, percent in (("memory", state.memory_percent), ("cpu", state.cpu_percent)):
+        if percent is not None:
+            yield (resource,), percent / 100
+
+
 _COUNTER: Final = CounterMetricFamily
 _GAUGE: Final = GaugeMetricFamily
 
@@ -232,8 +239,11 @@ METRICS: Final = tuple(
          "CPU time, user and system, that was spent for a policy.",
          _by_policy_count("cpu_seconds")),
         ("mergemem_budget_ratio", _GAUGE, (),
-         "CPU time that the agent may take, as a ratio of one core.",
+         "CPU time that the agent may take at present, as a ratio of one core.",
          _one(lambda s: s.budget_percent / 100)),
+        ("mergemem_pressure_ratio", _GAUGE, ("resource",),
+         "Share of ten seconds in which some task waited for memory or CPU; missing: not known.",
+         _pressure),
         ("mergemem_errors", _COUNTER, ("stage",),
          "Requests and reads that failed; a process that ends is no error.", _errors),
     )

@@ -148,9 +148,17 @@ class Policy:
 
 @dataclass(frozen=True)
 class AgentSettings:
-    """The settings of the agent as a whole; `budget_percent` is of one CPU, user and system."""
+    """The settings of the agent as a whole; budgets are of one CPU, user and system.
+
+    While tasks wait for memory for more than `memory_pressure_percent` of the time, the first of
+    the two other budgets holds; while they wait so for CPU, the second.
+    """
 
     budget_percent: float = 5.0
+    memory_pressure_percent: float = 10.0
+    cpu_pressure_percent: float = 60.0
+    memory_pressure_budget_percent: float = 20.0
+    cpu_pressure_budget_percent: float = 1.0
     metrics_address: str = "127.0.0.1"
     metrics_port: int = 9119
     rescan_seconds: float = 10.0

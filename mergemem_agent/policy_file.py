@@ -89,11 +89,21 @@ class _File:
 
 
 def _assemble(files: Sequence[_File]) -> PolicySet:
-    agent = AgentSettings(**next((file.agent for file in files if file.agent), {}))
+    given = next((file.agent for file in files if file.agent), {})
+    agent = AgentSettings(**(_pressure_budgets(given) | given))
     defaults = {"budget_percent": agent.budget_percent}
     return PolicySet(
         agent, tuple(Policy(**(defaults | policy)) for file in files for policy in file.policies)
     )
+
+
+def _pressure_budgets(agent: Mapping[str, Any]) -> dict[str, float]:
+    """Return what the budgets under pressure are when only the ordinary one is given."""
+    percent = agent.get("budget_percent", AgentSettings.budget_percent)
+    return {
+        "memory_pressure_budget_percent": min(4 * percent, 100.0),
+        "cpu_pressure_budget_percent": percent / 5,
+    }
 
 
 def _check_one_agent(files: Sequence[_File]) -> None:
@@ -167,7 +177,7 @@ def _convert_file(document: Document) -> _File:
     convert = _Conversion(document, check_structure(document))
     file = _File(document)
     if ("agent",) in document.places:
-        file.agent = convert.mapping(("agent",), AGENT_KEYS)
+        file.agent = convert.agent(("agent",))
     file.policies = [convert.policy(path) for path in convert.items(("policies",))]
     return file
 
@@ -183,6 +193,17 @@ class _Conversion:
         """Return the paths of a list's items; none where there is no list."""
         items = self._at(path)
         return [(*path, index) for index in range(len(items))] if isinstance(items, list) else []
+
+    def agent(self, path: ValuePath) -> dict[str, Any]:
+        arguments = self.mapping(path, AGENT_KEYS)
+        budget = arguments.get("budget_percent", AgentSettings.budget_percent)
+        for name, sign, word in (("memory", 1, "lower"), ("cpu", -1, "higher")):
+            percent = arguments.get(f"{name}_pressure_budget_percent", budget)
+            if (percent - budget) * sign < 0:
+                key = f"{name}_pressure_budget"
+                message = f"{key}: {percent:g}% is {word} than the budget of {budget:g}%"
+                self._document.complain((*path, key), message)
+        return arguments
 
     def policy(self, path: ValuePath) -> dict[str, Any]:
         place = self._document.places[path]

@@ -97,12 +97,19 @@ class Key:
     has_unit: bool = False
 
 
-_BUDGET = Key("budget_percent", _within(parse_percent, "0.1%", "100%"), has_unit=True)
+_budget_percent = _within(parse_percent, "0.1%", "100%")
+_BUDGET = Key("budget_percent", _budget_percent, has_unit=True)
+# At "100%" no pressure is ever above the threshold.
+_pressure_percent = _within(parse_percent, "1%", "100%")
 
 _MAX_SHARED = Key("max_shared_bytes", _within_size("1MiB", "1024TiB"), has_unit=True)
 
 AGENT_KEYS: Mapping[str, Key] = {
     "budget": _BUDGET,
+    "memory_pressure": Key("memory_pressure_percent", _pressure_percent, has_unit=True),
+    "memory_pressure_budget": Key("memory_pressure_budget_percent", _budget_percent, has_unit=True),
+    "cpu_pressure": Key("cpu_pressure_percent", _pressure_percent, has_unit=True),
+    "cpu_pressure_budget": Key("cpu_pressure_budget_percent", _budget_percent, has_unit=True),
     "metrics_address": Key("metrics_address", _address),
     "metrics_port": Key("metrics_port", int),
     "rescan": Key("rescan_seconds", _within(parse_duration, "1s", "1h"), has_unit=True),

@@ -39,16 +39,19 @@ def complaint(*words: object, status: int = 1) -> str:
 class Agent:
     """`mergemem agent` with one policy file, from its start to a clean stop."""
 
-    def __init__(self, directory: Path, policies: str, budget: str = "100%") -> None:
+    def __init__(
+        self, directory: Path, policies: str, budget: str = "100%", settings: str = ""
+    ) -> None:
         self.policy_file = directory / "policies.yaml"
         self.log_file = directory / "agent.log"
         self.status_file = directory / "status.json"
-        self._budget = budget
+        # Tests keep the guest's CPUs busy: that must not slow the agent down unasked.
+        self._settings = f'budget: "{budget}", ' + (settings or 'cpu_pressure: "100%"')
         self.write_policies(policies)
 
     def write_policies(self, policies: str) -> None:
         """Replace the policy file."""
-        settings = f'agent: {{budget: "{self._budget}", metrics_port: {PORT}, rescan: "1s"}}\n'
+        settings = f'agent: {{{self._settings}, metrics_port: {PORT}, rescan: "1s"}}\n'
         self.policy_file.write_text(settings + policies)
 
     def __enter__(self) -> Agent:

@@ -22,6 +22,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from mergemem_agent.budget import BURST_SECONDS
 from tests.kernel import frames
 from tests.kernel.actor import MADV_DONTDUMP, PAGE_BYTES, Region, Stage
 from tests.kernel.agent import Agent, mergemem
@@ -255,8 +256,9 @@ def test_budget_is_held(stage: Stage, tmp_path: Path) -> None:
         wall_seconds = time.monotonic() - started
         used = agent.cpu_seconds() - cpu_seconds
         print(f"{used:.2f} s of CPU in {wall_seconds:.1f} s: {100 * used / wall_seconds:.1f} %")
-        # The control law of budget.py: two seconds of earnings, and one slice, which is dear here.
-        assert used <= percent / 100 * (wall_seconds + 2) + 2
+        # The control law of budget.py: half a second of earnings, and one slice, which is dear
+        # here: in an emulated guest Python costs far more than in the kernel's native sight.
+        assert used <= percent / 100 * (wall_seconds + BURST_SECONDS) + 2
         assert used > 0
         assert agent.metrics()["mergemem_budget_ratio"] == percent / 100
         assert agent.metrics()['mergemem_checksummed_pages_total{policy="actors"}'] > 0

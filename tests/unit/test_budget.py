@@ -50,6 +50,54 @@ def test_nothing_is_saved_up_beyond_a_burst() -> None:
     assert taken <= 0.05 * (10.0 + BURST_SECONDS) + 0.002
 
 
+@pytest.mark.parametrize("percent", [0.5, 5.0, 50.0])
+def test_no_ten_seconds_take_a_tenth_more(percent: float) -> None:
+    """Whichever ten seconds one looks at, if no slice is dearer than half a second's earning."""
+    clocks = Clocks()
+    budget = clocks.budget(percent)
+    slice_seconds = percent / 100 * 0.4
+    taken = [(0.0, clocks.cpu_seconds)]
+    start = clocks.now
+    while clocks.now < start + 60:
+        wait = budget.wait_seconds()
+        # Now and then it has nothing to do, and saves up what it may.
+        clocks.now += wait or (5.0 if len(taken) % 50 == 0 else 0.0)
+        clocks.work(slice_seconds)
+        budget.charge()
+        taken.append((clocks.now, clocks.cpu_seconds))
+    most = max(
+        after - before
+        for began, before in taken
+        for ended, after in taken
+        if began <= ended <= began + 10
+    )
+    assert most <= 1.1 * percent / 100 * 10
+
+
+def test_another_percentage_holds_from_now_on() -> None:
+    clocks = Clocks()
+    budget = clocks.budget(5.0, shop=2.0)
+    run(clocks, budget, 20.0, 0.001)
+    budget.set_percent(20.0)
+    assert budget.percent == 20
+    assert run(clocks, budget, 100.0, 0.001) == pytest.approx(20.0, rel=0.02)
+    budget.set_percent(1.0)
+    assert run(clocks, budget, 100.0, 0.001) == pytest.approx(1.0, rel=0.05)
+
+
+def test_policies_follow_in_proportion() -> None:
+    clocks = Clocks()
+    budget = clocks.budget(5.0, shop=2.0, large=50.0)
+    budget.set_percent(20.0)
+    clocks.now += 60
+    for policy, percent in (("shop", 8.0), ("large", 100.0)):
+        clocks.work(1.0)
+        budget.charge(policy)
+        overdrawn = 1.0 - percent / 100 * BURST_SECONDS
+        assert budget.policy_wait_seconds(policy) >= overdrawn / (percent / 100)
+        assert budget.policy_wait_seconds(policy) <= 1.0 / (percent / 100)
+
+
 def test_a_whole_core_never_waits_long() -> None:
     clocks = Clocks()
     assert run(clocks, clocks.budget(100.0), 100.0, 0.01) == pytest.approx(100.0, rel=0.02)
@@ -65,9 +113,9 @@ def test_work_that_nobody_charged_is_paid_by_the_agent() -> None:
 def test_a_policy_pays_for_itself_and_no_other() -> None:
     clocks = Clocks()
     budget = clocks.budget(50.0, greedy=1.0, modest=1.0)
-    clocks.work(0.5)
-    assert budget.charge("greedy") == pytest.approx(0.5)
-    assert budget.policy_wait_seconds("greedy") > 40
+    clocks.work(0.1)
+    assert budget.charge("greedy") == pytest.approx(0.1)
+    assert budget.policy_wait_seconds("greedy") > 9
     assert budget.policy_wait_seconds("modest") == 0
     assert budget.wait_seconds() == 0
 

@@ -19,6 +19,7 @@ from mergemem_agent.counts import Counts, PolicyCounts, PolicyMemory, ReloadStat
 from mergemem_agent.error import MergememError
 from mergemem_agent.info import Counters, Info, Limits, Totals
 from mergemem_agent.metrics import METRICS, MetricsServer
+from mergemem_agent.pressure import Level, PressureState
 from mergemem_agent.scan import QueueState
 
 DOCUMENT = Path(__file__).parents[2] / "docs/metrics.md"
@@ -47,6 +48,7 @@ SNAPSHOT = Snapshot(
     queue=QueueState(regions=20, due=5, dropped=0),
     reload=ReloadState(succeeded=True, successes=1, succeeded_at=1.7e9),
     budget_percent=5.0,
+    pressure=PressureState(Level.MEMORY, 12.5, 3.0),
     max_shared_bytes=1 << 30,
     user_seconds=1.0,
     system_seconds=2.0,
@@ -94,10 +96,12 @@ def test_values(server: MetricsServer) -> None:
         "mergemem_huge_pages{'policy': 'web'}": 512,
         "mergemem_cpu_seconds_total{'mode': 'user'}": 1,
         "mergemem_cpu_seconds_total{'mode': 'system'}": 2,
+        "mergemem_budget_ratio": 0.05,
+        "mergemem_pressure_ratio{'resource': 'memory'}": 0.125,
         "mergemem_scan_queue_due_regions": 5,
         "mergemem_errors_total{'stage': 'scan'}": 2,
         "mergemem_policy_reload_success": 1,
-        "mergemem_build_info{'contract_version': '2', 'version': '0.1.0'}": 1,
+        "mergemem_build_info{'contract_version': '3', 'version': '0.1.0'}": 1,
     }
     assert {name: found.get(name) for name in expected} == expected
 
@@ -123,7 +127,8 @@ def test_promtool_accepts_them(server: MetricsServer) -> None:
 
 def test_labels_never_name_a_process() -> None:
     assert {label for metric in METRICS for label in metric.labels} <= {
-        "policy", "domain", "result", "stage", "mode", "version", "contract_version",
+        "policy", "domain", "result", "stage", "mode", "resource", "version",
+        "contract_version",
     }  # fmt: skip
 
 

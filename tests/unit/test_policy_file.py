@@ -64,6 +64,10 @@ def test_all_keys(write: Write) -> None:
     path = write("""\
         agent:
           budget: "12.5%"
+          memory_pressure: "5%"
+          memory_pressure_budget: "80%"
+          cpu_pressure: "33%"
+          cpu_pressure_budget: "2%"
           metrics_address: "::1"
           metrics_port: 9200
           rescan: "3s"
@@ -87,7 +91,16 @@ def test_all_keys(write: Write) -> None:
           - {name: never, select: {user: 0}, merge: never}
         """)
     loaded = load([path])
-    assert loaded.agent == AgentSettings(12.5, "::1", 9200, 3.0)
+    assert loaded.agent == AgentSettings(
+        budget_percent=12.5,
+        memory_pressure_percent=5.0,
+        cpu_pressure_percent=33.0,
+        memory_pressure_budget_percent=80.0,
+        cpu_pressure_budget_percent=2.0,
+        metrics_address="::1",
+        metrics_port=9200,
+        rescan_seconds=3.0,
+    )
     first, second = loaded.policies
     select = first.select
     assert select.executable is not None
@@ -102,7 +115,7 @@ def test_all_keys(write: Write) -> None:
     assert [each.user.uid for each in first.exclude if each.user] == [7, 8]
     assert (first.name, first.domain, first.budget_percent) == ("everything", DomainKind.CGROUP, 2)
     assert (first.settle_seconds, first.include_undumpable, first.merge) == (30, True, True)
-    assert first.source == f"{path}:7"
+    assert first.source == f"{path}:11"
     assert not second.merge
     assert second.budget_percent == 12.5, "the agent's budget is the default"
 
@@ -113,6 +126,13 @@ def test_defaults(write: Write) -> None:
     [only] = loaded.policies
     assert only == Policy("web", only.select, source=only.source)
     assert (only.domain, only.settle_seconds) == (DomainKind.USER_AND_CGROUP, 10)
+
+
+def test_budgets_under_pressure_follow_the_budget(write: Write) -> None:
+    agent = load([write('agent: {budget: "2%"}')]).agent
+    assert agent.memory_pressure_budget_percent == 8
+    assert agent.cpu_pressure_budget_percent == pytest.approx(0.4)
+    assert load([write('agent: {budget: "30%"}')]).agent.memory_pressure_budget_percent == 100
 
 
 def test_no_files_no_policies() -> None:
@@ -284,6 +304,9 @@ WRONG = [
     ("agent: {metrics_address: localhost}\n", "1:26", ["127.0.0.1"]),
     ("agent: {metrics_address: '1.2.3'}\n", "1:26", ["no IP address"]),
     ("agent: {}\n", "1:8", ["is empty"]),
+    ("agent: {memory_pressure: '0%'}\n", "1:26", ["1%", "100%"]),
+    ("agent: {memory_pressure_budget: '4%'}\n", "1:33", ["lower than the budget of 5%"]),
+    ("agent: {budget: '2%', cpu_pressure_budget: '3%'}\n", "1:44", ["higher", "of 2%"]),
     ("", "1:1", ["is empty", "agent, policies"]),
     ("# only a comment\n", "1:1", ["is empty"]),
     ("~\n", "1:1", ["is empty"]),

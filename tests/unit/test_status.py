@@ -13,6 +13,7 @@ from mergemem_agent import status
 from mergemem_agent.contract import Feature, Result
 from mergemem_agent.counts import Counts, PolicyCounts, PolicyMemory, ReloadState, Snapshot
 from mergemem_agent.info import Counters, Info, Limits, Totals
+from mergemem_agent.pressure import Level, PressureState
 from mergemem_agent.scan import QueueState
 
 MIB_PAGES = 256
@@ -43,6 +44,7 @@ SNAPSHOT = Snapshot(
     queue=QueueState(regions=20, due=5, dropped=0),
     reload=ReloadState(),
     budget_percent=5.0,
+    pressure=PressureState(Level.CPU, None, 75.0),
     max_shared_bytes=None,
     user_seconds=1.0,
     system_seconds=2.0,
