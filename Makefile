@@ -9,7 +9,7 @@ SUDO := $(if $(filter 0,$(shell id -u)),,sudo)
 # As they were typed: $$HOME in a command is for the shell of the guest, not for make.
 override CMD := $(value CMD)
 override K := $(value K)
-export KERNEL CMD K
+export KERNEL CMD K CASE ROUNDS CONTESTANTS
 
 .DEFAULT_GOAL := help
 .PHONY: help
@@ -32,12 +32,15 @@ setup kmod test test-unit test-vm demo lint: | $(PYTHON)
 judges: | $(PYTHON) ## outside programs under reckless merging: KERNEL=6.12 JUDGES='--only sqlite'
 	@PYTHONDONTWRITEBYTECODE=1 $(PYTHON) -m tests.judges $(JUDGES)
 
-.PHONY: bench-kmod debug-kernel soak planted
+.PHONY: bench bench-kmod debug-kernel soak planted
 debug-kernel: | $(PYTHON) ## build the kernel that checks everything; KERNEL=debug runs it
 	@$(RIG) debug-kernel
 
 bench-kmod: | $(PYTHON) ## the cost of one merge against KSM, a few minutes a kernel; KERNEL=6.12
 	@$(RIG) bench-kmod
+
+bench: | $(PYTHON) ## the race against ksmd, half an hour a kernel; KERNEL=6.12 CASE='churn idle'
+	@$(RIG) bench
 
 soak: | $(PYTHON) ## suite and judges on the debug kernel for SOAK_MINUTES=20, then a report
 	@PYTHONDONTWRITEBYTECODE=1 $(PYTHON) -m tests.soak

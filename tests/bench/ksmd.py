@@ -25,17 +25,13 @@ class Ksmd:
     """ksmd, stopped between passes; as it was at the end."""
 
     def __init__(self) -> None:
-        self.pid = next(
-            int(path.parent.name)
-            for path in Path("/proc").glob("[0-9]*/comm")
-            if path.read_text() == "ksmd\n"
-        )
-        self._before = {name: _get(name) for name in ("run", "pages_to_scan", "sleep_millisecs")}
+        self.pid = find()
+        self._before = {name: get(name) for name in ("run", "pages_to_scan", "sleep_millisecs")}
         self._sleep_milliseconds = LONG_MILLISECONDS
 
     def __enter__(self) -> Self:
         self.stop()
-        _set("pages_to_scan", ALL_PAGES)
+        put("pages_to_scan", ALL_PAGES)
         return self
 
     def __exit__(
@@ -46,17 +42,17 @@ class Ksmd:
     ) -> None:
         self.stop()
         for name, value_before in self._before.items():
-            _set(name, value_before)
+            put(name, value_before)
 
     def one_pass(self) -> int:
         """Look at every page that opted in once; CPU nanoseconds."""
-        scans, before = _get("full_scans"), self._cpu_ns()
-        if _get("run") == STOP:
-            _set("run", MERGE)
+        scans, before = get("full_scans"), self._cpu_ns()
+        if get("run") == STOP:
+            put("run", MERGE)
         else:
             self._wake()
         deadline = time.monotonic() + PASS_SECONDS
-        while _get("full_scans") == scans or not self._asleep():
+        while get("full_scans") == scans or not self._asleep():
             if time.monotonic() > deadline:
                 raise TimeoutError(f"ksmd made no whole pass in {PASS_SECONDS} s")
             time.sleep(_POLL_SECONDS)
@@ -64,17 +60,17 @@ class Ksmd:
 
     def stop(self) -> None:
         """No more passes. It goes from its sleep to where setting `run` wakes it."""
-        _set("run", STOP)
+        put("run", STOP)
         self._wake()
         time.sleep(_POLL_SECONDS)
 
     def merged_pages(self) -> int:
         """How many page-table entries map pages that it merged."""
-        return int(_get("pages_shared")) + int(_get("pages_sharing"))
+        return int(get("pages_shared")) + int(get("pages_sharing"))
 
     def _wake(self) -> None:
         self._sleep_milliseconds += 1
-        _set("sleep_millisecs", self._sleep_milliseconds)
+        put("sleep_millisecs", self._sleep_milliseconds)
 
     def _cpu_ns(self) -> int:
         return int(Path(f"/proc/{self.pid}/schedstat").read_text().split()[0])
@@ -83,9 +79,20 @@ class Ksmd:
         return Path(f"/proc/{self.pid}/stat").read_text().rpartition(")")[2].split()[0] in "SI"
 
 
-def _get(name: str) -> str:
+def find() -> int:
+    """The process id of ksmd."""
+    return next(
+        int(path.parent.name)
+        for path in Path("/proc").glob("[0-9]*/comm")
+        if path.read_text() == "ksmd\n"
+    )
+
+
+def get(name: str) -> str:
+    """One of its controls or counters."""
     return (CONTROLS / name).read_text().strip()
 
 
-def _set(name: str, value: object) -> None:
+def put(name: str, value: object) -> None:
+    """Set one of its controls."""
     (CONTROLS / name).write_text(str(value))

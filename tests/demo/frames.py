@@ -77,7 +77,7 @@ def huge_bytes(pids: Iterable[int]) -> int:
 def _entries(pid: int) -> Iterator[Entries]:
     try:
         with open(f"/proc/{pid}/pagemap", "rb", buffering=0) as pagemap:
-            for start, end in _anonymous(pid):
+            for start, end in anonymous(pid):
                 pagemap.seek(start // PAGE_BYTES * ENTRY_BYTES)
                 found = np.frombuffer(_read(pagemap.fileno(), start, end), np.uint64)
                 yield found[(found & (PRESENT | SWAPPED)) != 0]
@@ -89,7 +89,7 @@ def _read(descriptor: int, start: int, end: int) -> bytes:
     return os.read(descriptor, (end - start) // PAGE_BYTES * ENTRY_BYTES)
 
 
-def _anonymous(pid: int) -> Iterator[tuple[int, int]]:
+def anonymous(pid: int) -> Iterator[tuple[int, int]]:
     """The private anonymous mappings; the heap and the stack are among them."""
     with open(f"/proc/{pid}/maps", encoding="utf-8", errors="replace") as maps:
         for line in maps:

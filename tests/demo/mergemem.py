@@ -83,6 +83,10 @@ class Agent:
                 env=os.environ | {"NOTIFY_SOCKET": str(address)},
             )
 
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
     def wait_until_ready(self) -> None:
         """Until the agent says READY=1."""
         deadline = time.monotonic() + READY_LIMIT_SECONDS

@@ -119,6 +119,20 @@ def bench_kmod(arguments: Arguments) -> int:
     return subprocess.run(words, cwd=CHECKOUT, env=environment).returncode
 
 
+def bench(arguments: Arguments) -> int:
+    """The race against ksmd: $CASE, or all cases, on each kernel."""
+    with step("set up"):
+        provision.packages()
+        provision.environments()
+        chosen = _chosen(arguments)
+        for kernel in chosen:
+            build.module(tree.get(kernel))
+    words = [str(provision.NEWEST / "bin/python"), "-m", "tests.bench.race"]
+    words += [kernel.name for kernel in chosen]
+    environment = os.environ | {"PYTHONDONTWRITEBYTECODE": "1"}
+    return subprocess.run(words, cwd=CHECKOUT, env=environment).returncode
+
+
 def _chosen(arguments: Arguments) -> tuple[Kernel, ...]:
     """The kernels asked for, in the cache, and what runs them."""
     chosen = kernels.select(kernels.load(), arguments.kernel)
@@ -139,6 +153,7 @@ COMMANDS: dict[str, Callable[[Arguments], int]] = {
     "lint": check,
     "demo": demo,
     "bench-kmod": bench_kmod,
+    "bench": bench,
 }
 
 
