@@ -11,12 +11,15 @@ import copy
 import dataclasses
 import enum
 from collections import Counter, defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from mergemem_agent.contract import Result
+from mergemem_agent.contract import PAGE_BYTES, Result
+from mergemem_agent.flow import Flow
 from mergemem_agent.info import Info
 from mergemem_agent.pressure import PressureState
+from mergemem_agent.region import Regions
 from mergemem_agent.scan import QueueState
 
 
@@ -25,8 +28,10 @@ class PolicyCounts:
     """Pages that went through the stages for one policy."""
 
     scanned: int = 0
-    checksummed: int = 0
+    sampled: int = 0  # of which only a sample was read
+    checksummed: int = 0  # read in full
     settled: int = 0
+    broken: int = 0  # were merged, and then written to
     cpu_seconds: float = 0.0
     zeroed: int = 0  # in whose place the zero page is now
     capped: int = 0  # not nominated, as `max_shared` is reached
@@ -46,6 +51,24 @@ class PolicyMemory:
     zero_pages: int = 0
     huge_pages: int = 0
 
+    @classmethod
+    def of(cls, memories: Sequence[Regions], max_shared_bytes: int | None) -> PolicyMemory:
+        """Add up what the processes of one policy hold."""
+        totals = [regions.totals() for regions in memories]
+        merged = sum(total.merged for total in totals)
+        saved_bytes = sum(total.saved_bytes for total in totals)
+        return cls(
+            targets=len(totals),
+            remembered_pages=sum(regions.pages for regions in memories),
+            merged_pages=merged,
+            saved_bytes=saved_bytes,
+            # What a mapping does not save of its frame is its part of it.
+            shared_bytes=max(0.0, merged * PAGE_BYTES - saved_bytes),
+            max_shared_bytes=max_shared_bytes,
+            zero_pages=sum(total.zero for total in totals),
+            huge_pages=sum(total.huge for total in totals),
+        )
+
 
 @dataclass
 class Counts:
@@ -62,6 +85,7 @@ class Counts:
     errors: Counter[str] = field(default_factory=Counter)  # by stage
     cpu_seconds: dict[str, float] = field(default_factory=lambda: defaultdict(float))  # by stage
     rounds: int = 0
+    flow: Flow = field(default_factory=Flow)
 
     def policy(self, name: str) -> PolicyCounts:
         """Return the counts of one policy."""
@@ -69,7 +93,15 @@ class Counts:
 
     def copy(self) -> Counts:
         """Return a copy that does not change when this one does."""
-        return copy.deepcopy(self)
+        return dataclasses.replace(
+            self,
+            policies={name: copy.copy(policy) for name, policy in self.policies.items()},
+            nominated=self.nominated.copy(),
+            results=self.results.copy(),
+            errors=self.errors.copy(),
+            cpu_seconds=self.cpu_seconds.copy(),
+            flow=self.flow.copy(),
+        )
 
 
 @dataclass(frozen=True)
@@ -118,6 +150,8 @@ def _plain(value: Any) -> Any:
         }
     if isinstance(value, enum.Enum) and not isinstance(value, int):
         return value.value
+    if isinstance(value, Flow):
+        return [[a.name.lower(), b.name.lower(), pages] for a, b, pages in value.moves()]
     if isinstance(value, dict):
         return {
             key.name.lower() if isinstance(key, Result) else key: _plain(item)

@@ -30,18 +30,11 @@ from typing import Any, Final
 import numpy as np
 
 from mergemem_agent.contract import GROUP_ZERO
-from mergemem_agent.index import NOMINATED, equal, gainful
+from mergemem_agent.index import equal, gainful
 from mergemem_agent.merge import Request, request_for
-from mergemem_agent.region import (
-    HUGE,
-    MERGED,
-    REGION_PAGES,
-    SETTLED,
-    ZERO,
-    Regions,
-    map_count_of,
-    page_of,
-)
+from mergemem_agent.nominated import NOMINATED
+from mergemem_agent.region import REGION_PAGES, Regions
+from mergemem_agent.word import DEEP, HUGE, MERGED, SETTLED, ZERO, map_count_of, page_of
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
@@ -109,9 +102,11 @@ class HugeTally:
 
         The leader is there for its pages, it may have nothing to be split.
         """
-        needed = np.array([needed_pages(percent, order) for order in range(HUGE_PAGE_ORDER + 1)])
-        region_of = np.repeat(np.arange(len(self._order)), self._blocks)
-        enough = self._gain >= needed[self._order[region_of]]
+        orders = range(HUGE_PAGE_ORDER + 1)
+        needed = np.array([needed_pages(percent, order) for order in orders], dtype=np.uint16)
+        # Small types: there are many blocks.
+        enough = self._gain >= np.repeat(needed[self._order], self._blocks)
+        region_of = np.repeat(np.arange(len(self._order), dtype=np.uint32), self._blocks)
         ready = np.unique(region_of[enough])
         ready = ready[np.argsort(self._leader[ready], kind="stable")]
         for members in np.split(ready, np.flatnonzero(np.diff(self._leader[ready])) + 1):
@@ -218,6 +213,7 @@ def _together(
         words = np.frombuffer(regions.words[row], dtype=np.uint64)
         huge = words & _U64(HUGE) != 0
         usable = (words & _U64(SETTLED | MERGED) != 0) & (huge | (words & _U64(ZERO) == 0))
+        usable &= words & _U64(MERGED | DEEP) != MERGED
         if not tally.may_split((process, number)):
             usable &= ~huge
         parts.append(words[usable])

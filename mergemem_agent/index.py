@@ -8,16 +8,20 @@ checksums by sorting, one share of the checksums after the other, and what was f
     chunk ── key = checksum, its low bits replaced by the position in the chunk ──► sorted in place
     neighbours with the same checksum ──► groups ── is there a gain? ──► nominated pages
 
-Memory. All words of n pages are 8 n bytes and stay where they are (8.2 n with all that goes with
+Three kinds of groups are found in one pass: pages with the same sample, which are to be read in
+full; pages with the same full checksum, which are to be read once more; and those of which both
+were the same, which are nominated.
+
+Memory. All words of n pages are 8 n bytes and stay where they are (8.3 n with all that goes with
 them). A chunk is a 128th of them, or 8,192 pages where that is more. While it is worked on it takes
 12 bytes a page for words and places, 8 for the keys, and up to 130 for what becomes of them when
-each page is in a group: 150 / 128 = 1.2 bytes. Sum: 9.4 n; the limit is 10 n. 64 GiB of memory in
-4 KiB pages take 158 MB at most. Where huge pages are to be split, their tally (huge.py) takes 2
-bytes more for each of their blocks, and 40 for each region: 0.1 n, or 0.2 n with folios of 64 KiB
-and less. `python -m tests.bench.index_memory` measures it.
+each page is in a group: 150 / 128 = 1.2 bytes; and a 64th of the pages, nominated, 8 bytes each.
+Sum: 9.6 n; the limit is 10 n. 64 GiB of memory in 4 KiB pages take 161 MB at most. Where huge pages
+are to be split, their tally (huge.py) takes 2 bytes more for each of their blocks, and 40 for each
+region: 0.1 n, or 0.2 n with folios of 64 KiB and less. `python -m tests.bench.index_memory`
+measures it.
 
-Time. Sorting costs about 80 ns a page, picking 128 shares out of all words about 150 ns: a fifth of
-what the two checksums of the page have cost before.
+Time. 220 to 280 ns a page that is searched, where a quarter million are.
 """
 
 from __future__ import annotations
@@ -28,15 +32,19 @@ from typing import Any, Final
 
 import numpy as np
 
-from mergemem_agent.region import (
+from mergemem_agent.nominated import MIN_HELD_PAGES, Nominations, packed
+from mergemem_agent.region import Regions
+from mergemem_agent.word import (
     CHECKSUM_BITS,
+    DEEP,
     FULL,
     HUGE,
     MANY_MAPPINGS,
     MERGED,
+    PARTNER,
+    SAMPLE_BITS,
     SETTLED,
     ZERO,
-    Regions,
     map_count_of,
     page_of,
 )
@@ -48,50 +56,50 @@ MIN_CHUNK_PAGES: Final = 8192
 
 # How many regions are joined to be searched at once: at most 256 KiB of words.
 _REGIONS_AT_ONCE: Final = 64
-_HIGHEST_BYTE: Final = 7 if sys.byteorder == "little" else 0
-
-# One page that is nominated. Pages of a group are neighbours; a group with an anchor (a page that
-# is merged already, which the others shall join) has it first.
-NOMINATED: Final = np.dtype(
-    [
-        ("process", np.uint32),  # index into the processes given
-        ("page", np.uint16),  # within the region
-        ("anchor", np.bool_),
-        ("map_count", np.uint8),
-        ("number", np.uint64),  # of the region: address >> 21
-        ("group", np.uint32),  # contract.GROUP_ZERO: filled with zeros, in no group
-        ("order", np.uint8),  # of the folio that must be split first; 0: a small page
-    ]
-)
+_HIGHEST_BYTE, _LOWEST_BYTE = (7, 0) if sys.byteorder == "little" else (0, 7)
 
 _U64 = np.uint64
 
 # Is shown words, the place of each, and the number of the group of equal ones that it is in.
 Witness = Callable[[Array, Array, Array], None]
 
+# Is shown words that are worth reading in full, and the place of each.
+Marker = Callable[[Array, Array], None]
 
-def nominate(processes: Sequence[Regions], witness: Witness | None = None) -> Iterator[Array]:
+
+def nominate(
+    processes: Sequence[Regions],
+    witness: Witness | None = None,
+    marker: Marker | None = None,
+    samples: bool = True,
+) -> Iterator[Array]:
     """Yield arrays of NOMINATED, each with whole groups, over all equal pages of one domain.
 
-    Groups come in the order of their pages' addresses. Between two arrays anything may be done to
-    the regions: what was marked or scanned meanwhile is seen in the shares that follow.
+    Groups come in the order of their pages' addresses. Between two arrays pages may be marked, but
+    regions must neither come nor go, nor be looked at.
 
     Pages of huge pages are not nominated here, as one alone must not split a huge page. With a
     `witness` they are searched, too, and it is shown all groups that are worth a merge (huge.py).
+    A `marker` is shown the pages that have to be read in full before they can be nominated;
+    without `samples` only those that were read in full once, which is much less to search.
     """
-    pages = sum(regions.pages for regions in processes)
+    needed = 0 if marker and samples else DEEP if marker else SETTLED | MERGED
+    places = _Places(processes)
+    pages = places.count(needed)
     share_bits = 1
     while share_bits < MAX_SHARE_BITS and MIN_CHUNK_PAGES << share_bits < pages:
         share_bits += 1
     # Checksums are spread evenly, so a chunk is full only where many pages hold the same. What
     # does not fit goes into a chunk of its own, and its pages get an anchor of their own.
     chunk = _Chunk(max(MIN_CHUNK_PAGES, (pages >> share_bits) * 5 // 4))
+    found = Nominations(max(MIN_HELD_PAGES, pages // 64), places.locate)
     for share in range(1 << share_bits):
-        places = _Places(processes)
-        for part in places.search(share, share_bits, huge=witness is not None):
-            for full in chunk.fill(part):
-                yield from _nominated(full, share_bits, places, witness)
-        yield from _nominated(chunk.take(), share_bits, places, witness)
+        for part in places.search(share, share_bits, needed, huge=witness is not None):
+            for words, place in chunk.fill(part):
+                found.add(*_found(words, place, share_bits, witness, marker, samples))
+        if found.add(*_found(*chunk.take(), share_bits, witness, marker, samples)):
+            yield from found.take()
+    yield from found.take()
 
 
 class _Chunk:
@@ -123,36 +131,55 @@ class _Chunk:
 class _Places:
     """All regions of a domain in a row: the place of a word is the number of its region there.
 
-    A snapshot for the time of one share, since regions come and go between two nominations. It
-    holds references to the words, not copies: 16 bytes for a region.
+    Regions must neither come nor go meanwhile.
     """
 
     def __init__(self, processes: Sequence[Regions]) -> None:
-        self._words = [list(regions.words) for regions in processes]
-        self._numbers = [regions.rows["number"].copy() for regions in processes]
-        self._starts = np.cumsum([0, *map(len, self._words)])
+        self._words = [blob for regions in processes for blob in regions.words]
+        self._pages = np.concatenate(
+            [np.zeros(0, np.uint16), *(r.rows["pages"] for r in processes)]
+        )
+        self._numbers = [regions.rows["number"] for regions in processes]
+        self._starts = np.cumsum([0, *map(len, self._numbers)])
 
-    def search(self, share: int, share_bits: int, huge: bool) -> Iterator[tuple[Array, Array]]:
-        """Yield the words of one share that may be nominated, and the place of each."""
-        wanted = _U64(SETTLED | MERGED)
+    def count(self, needed: int) -> int:
+        """Return how many words have one of the flags needed."""
+        if not needed:
+            return int(self._pages.sum(dtype=np.int64))
+        return sum(
+            int(np.count_nonzero(np.frombuffer(joined, dtype=np.uint8)[_LOWEST_BYTE::8] & needed))
+            for _, joined in self._joined()
+        )
+
+    def search(
+        self, share: int, share_bits: int, needed: int, huge: bool
+    ) -> Iterator[tuple[Array, Array]]:
+        """Yield the words of one share that have one of the flags needed, and their places."""
         unwanted = _U64(ZERO if huge else ZERO | HUGE)
         head_mask, head = 0xFF << (8 - share_bits) & 0xFF, share << (8 - share_bits)
-        for start, process in zip(self._starts.tolist(), self._words, strict=False):
-            for first in range(0, len(process), _REGIONS_AT_ONCE):
-                blobs = process[first : first + _REGIONS_AT_ONCE]
-                joined = b"".join(blobs)
-                words = np.frombuffer(joined, dtype=np.uint64)
-                # Looking at one byte of each word is several times faster than at all eight.
-                heads = np.frombuffer(joined, dtype=np.uint8)[_HIGHEST_BYTE::8]
-                (positions,) = np.nonzero(heads & head_mask == head)
-                found = words[positions]
-                positions = positions[(found & wanted != 0) & (found & unwanted == 0)]
-                ends = np.cumsum([len(blob) // 8 for blob in blobs])
-                places = np.searchsorted(ends, positions, side="right") + (start + first)
-                yield words[positions], places.astype(np.uint32)
+        for first, joined in self._joined():
+            words = np.frombuffer(joined, dtype=np.uint64)
+            # Looking at one byte of each word is several times faster than at all eight.
+            lanes = np.frombuffer(joined, dtype=np.uint8)
+            chosen = lanes[_HIGHEST_BYTE::8] & head_mask == head
+            if needed:
+                chosen &= lanes[_LOWEST_BYTE::8] & needed != 0
+            (positions,) = np.nonzero(chosen)
+            found = words[positions]
+            # Of a merged page that was never read, the checksum is not known.
+            usable = (found & unwanted == 0) & (found & _U64(MERGED | DEEP) != MERGED)
+            ends = np.cumsum(self._pages[first : first + _REGIONS_AT_ONCE], dtype=np.intp)
+            places = np.searchsorted(ends, positions[usable], side="right") + first
+            yield found[usable], places.astype(np.uint32)
+
+    def _joined(self) -> Iterator[tuple[int, bytes]]:
+        """Yield the words of all regions, some at a time, after the place of the first."""
+        for first in range(0, len(self._words), _REGIONS_AT_ONCE):
+            yield first, b"".join(self._words[first : first + _REGIONS_AT_ONCE])
 
     def locate(self, places: Array) -> tuple[Array, Array]:
         """Return the index of the process, and the number of the region, of each place."""
+        places = places.astype(np.intp)
         processes = np.searchsorted(self._starts, places, side="right") - 1
         numbers = np.zeros(len(places), dtype=np.uint64)
         for process in np.unique(processes).tolist():
@@ -161,26 +188,70 @@ class _Places:
         return processes, numbers
 
 
+def _found(
+    words: Array,
+    place: Array,
+    share_bits: int,
+    witness: Witness | None,
+    marker: Marker | None,
+    samples: bool,
+) -> tuple[Array, Array]:
+    """Take one chunk through the steps: equal samples, equal checksums, both of them twice."""
+    if marker and samples:
+        chosen, groups = equal(words, share_bits, SAMPLE_BITS)
+        chosen, groups, hopeful = _hopeful(words, chosen, groups)
+        _mark(marker, words, place, hopeful[words[hopeful] & _U64(DEEP) == 0])
+        chosen = chosen[words[chosen] & _U64(DEEP) != 0]
+        members, groups = equal(words[chosen], share_bits)
+        members = chosen[members]
+    else:
+        members, groups = equal(words, share_bits)
+    if marker:
+        members, groups, hopeful = _hopeful(words, members, groups)
+        deep = words[hopeful] & _U64(DEEP) != 0
+        _mark(marker, words, place, hopeful[deep])
+        settled = words[members] & _U64(SETTLED | MERGED) != 0
+        members, groups = members[settled], groups[settled]
+    return _nominated(words, place, members, groups, witness)
+
+
+def _hopeful(words: Array, members: Array, groups: Array) -> tuple[Array, Array, Array]:
+    """Leave out groups that are not worth a merge, even if all of their pages were equal.
+
+    Returns the others' members, their groups, and of these members those that would be merged.
+    """
+    if not len(members):
+        return members, groups, members
+    total = int(groups[-1]) + 1
+    # Most groups have been merged already, and a glance tells that.
+    is_open = np.bincount(groups[words[members] & _U64(MERGED) == 0], minlength=total) > 0
+    members, groups = members[is_open[groups]], groups[is_open[groups]]
+    hopeful, of, _ = gainful(words, members, groups)
+    worth = np.zeros(total, dtype=np.bool_)
+    worth[of] = True
+    return members[worth[groups]], groups[worth[groups]], hopeful
+
+
+def _mark(marker: Marker, words: Array, place: Array, hopeful: Array) -> None:
+    """Show those pages to a marker that are neither settled nor to be read already."""
+    done = _U64(SETTLED | MERGED | PARTNER)
+    hopeful = hopeful[words[hopeful] & done == 0]
+    if len(hopeful):
+        marker(words[hopeful], place[hopeful])
+
+
 def _nominated(
-    content: tuple[Array, Array], share_bits: int, places: _Places, witness: Witness | None
-) -> Iterator[Array]:
-    """Yield the pages of one chunk that are worth a merge, if any, as NOMINATED."""
-    words, place = content
-    members, groups = equal(words, share_bits)
+    words: Array, place: Array, members: Array, groups: Array, witness: Witness | None
+) -> tuple[Array, Array]:
+    """Return the pages of one chunk that are worth a merge, if any, and where groups start."""
     if witness:
         _show(witness, words, place, members, groups)
         small = words[members] & _U64(HUGE) == 0
         members, groups = members[small], groups[small]
     members, groups, anchors = gainful(words, members, groups)
-    if len(members):
-        nominated = np.empty(len(members), dtype=NOMINATED)
-        nominated["process"], nominated["number"] = places.locate(place[members])
-        nominated["page"] = page_of(words[members])
-        nominated["map_count"] = map_count_of(words[members])
-        nominated["anchor"] = anchors
-        nominated["group"] = groups
-        nominated["order"] = 0
-        yield _in_order_of_addresses(nominated)
+    chosen = words[members]
+    pages = packed(place[members], page_of(chosen), map_count_of(chosen), anchors)
+    return pages, np.flatnonzero(np.diff(groups, prepend=-1))
 
 
 def _show(witness: Witness, words: Array, place: Array, members: Array, groups: Array) -> None:
@@ -190,16 +261,16 @@ def _show(witness: Witness, words: Array, place: Array, members: Array, groups: 
         witness(words[members], place[members], groups)
 
 
-def equal(words: Array, share_bits: int) -> tuple[Array, Array]:
-    """Return the positions of words whose checksum another one has too, and their groups' numbers.
+def equal(words: Array, share_bits: int, bits: int = CHECKSUM_BITS) -> tuple[Array, Array]:
+    """Return the positions of words of which the upper `bits` are another one's too, and groups.
 
     Groups are numbered from 0 in the order of checksums, and their members are neighbours. No bit
-    of a checksum is lost in a chunk of less than 2**(22 + share_bits) pages, and those that are
+    of a checksum is lost in a chunk of less than 2**(24 + share_bits) pages, and those that are
     lost in a larger one cost some comparisons in the kernel.
     """
     position_bits = _U64(len(words).bit_length())
     keys = words << _U64(share_bits)  # the highest bits are the same in all of them
-    low_bits = _U64(64) - _U64(min(CHECKSUM_BITS - share_bits, 64 - int(position_bits)))
+    low_bits = _U64(64) - _U64(min(bits - share_bits, 64 - int(position_bits)))
     keys >>= low_bits
     keys <<= low_bits
     keys |= np.arange(len(words), dtype=np.uint64)
@@ -248,23 +319,3 @@ def gainful(words: Array, members: Array, groups: Array) -> tuple[Array, Array, 
 
     wanted = (np.repeat(frees > 0, counts) | anchors) & (gain > 0)[groups]
     return members[wanted], groups[wanted], anchors[wanted]
-
-
-def _in_order_of_addresses(nominated: Array) -> Array:
-    """Sort groups by where their first page lies, and number them so, from 0.
-
-    Pages of one page table then come in the same request, where the kernel handles them together:
-    fewer locks, and fewer TLB flushes.
-    """
-    by_address = np.lexsort(
-        (nominated["page"], nominated["number"], nominated["process"], nominated["anchor"])
-    )
-    rank = np.empty(len(nominated), dtype=np.intp)
-    rank[by_address] = np.arange(len(nominated))
-    _, group = np.unique(nominated["group"], return_inverse=True)
-    first = np.full(int(group.max()) + 1, len(nominated), dtype=np.intp)
-    np.minimum.at(first, group, rank)
-    order = np.lexsort((rank, ~nominated["anchor"], first[group]))
-    ordered = nominated[order]
-    ordered["group"] = np.cumsum(np.diff(first[group][order], prepend=-1) != 0) - 1
-    return ordered

@@ -24,6 +24,7 @@ from prometheus_client.registry import Collector
 from mergemem_agent.contract import CONTRACT_VERSION, Result
 from mergemem_agent.counts import Snapshot
 from mergemem_agent.error import MergememError
+from mergemem_agent.word import Stage
 
 log = logging.getLogger(__name__)
 
@@ -122,6 +123,26 @@ def _pressure(snapshot: Snapshot) -> Iterator[Sample]:
             yield (resource,), percent / 100
 
 
+def _moves(snapshot: Snapshot) -> Iterable[Sample]:
+    return [
+        ((before.name.lower(), after.name.lower()), float(pages))
+        for before, after, pages in snapshot.counts.flow.moves()
+    ]
+
+
+def _held(snapshot: Snapshot) -> Iterable[Sample]:
+    flow = snapshot.counts.flow
+    return [((stage.name.lower(),), float(flow.held(stage))) for stage in Stage if stage]
+
+
+def _hints(snapshot: Snapshot) -> Iterable[Sample]:
+    return [((outcome,), float(count)) for outcome, count in snapshot.queue.hints.items()]
+
+
+def _costs(snapshot: Snapshot) -> Iterable[Sample]:
+    return [((part,), seconds) for part, seconds in snapshot.queue.cost_seconds.items()]
+
+
 _COUNTER: Final = CounterMetricFamily
 _GAUGE: Final = GaugeMetricFamily
 
@@ -156,14 +177,33 @@ METRICS: Final = tuple(
         ("mergemem_scan_queue_dropped_regions", _GAUGE, (),
          "Regions that are not scanned, as a process has more than the queue holds.",
          _one(lambda s: s.queue.dropped)),
+        ("mergemem_scan_overdue_seconds", _GAUGE, (),
+         "For how long the region that waits longest has been due to be scanned.",
+         _one(lambda s: s.queue.overdue_seconds)),
+        ("mergemem_scan_cost_seconds", _GAUGE, ("part",),
+         "CPU time of one region, of one page sampled, read in full, or searched; an average.",
+         _costs),
+        ("mergemem_scan_hints", _COUNTER, ("outcome",),
+         "Hints by what they did: region, mapping; or why they were dropped: process, late.",
+         _hints),
         ("mergemem_scanned_pages", _COUNTER, ("policy",),
          "Pages that were found in scanned regions, whatever their state.",
          _by_policy_count("scanned")),
         ("mergemem_checksummed_pages", _COUNTER, ("policy",),
-         "Pages whose checksum was taken.", _by_policy_count("checksummed")),
+         "Pages that were read in full for their checksum.", _by_policy_count("checksummed")),
+        ("mergemem_sampled_pages", _COUNTER, ("policy",),
+         "Pages of which only a sample of 256 bytes was read.", _by_policy_count("sampled")),
         ("mergemem_settled_pages", _COUNTER, ("policy",),
          "Pages that became candidates, by two equal checksums far enough apart.",
          _by_policy_count("settled")),
+        ("mergemem_stage_pages", _COUNTER, ("stage", "outcome"),
+         "Pages that left a stage of the scan, by the stage that they went to; absent: none.",
+         _moves),
+        ("mergemem_held_pages", _GAUGE, ("stage",),
+         "Pages in a stage of the scan: all that came into it less all that left it.", _held),
+        ("mergemem_broken_pages", _COUNTER, ("policy",),
+         "Merged pages that were found written to, and so private again.",
+         _by_policy_count("broken")),
         ("mergemem_remembered_pages", _GAUGE, ("policy",),
          "Pages that the agent remembers a checksum of.", _by_policy_memory("remembered_pages")),
         ("mergemem_zero_pages", _GAUGE, ("policy",),

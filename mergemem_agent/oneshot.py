@@ -16,9 +16,10 @@ from mergemem_agent.error import MergememError
 from mergemem_agent.info import Limits
 from mergemem_agent.merge import Request
 from mergemem_agent.module import Module, NoSuchProcess
+from mergemem_agent.order import SLICE_REGIONS, Slice
 from mergemem_agent.policy import DomainKind, HugePages, NumaNodes, Policy, Selector
 from mergemem_agent.procfs import Process, ProcFs
-from mergemem_agent.scan import SLICE_REGIONS, Slice, look, region_numbers
+from mergemem_agent.scan import look, region_numbers
 from mergemem_agent.search import search
 from mergemem_agent.targets import Target
 from mergemem_agent.zero import zero_requests
@@ -161,7 +162,7 @@ def _scan(module: Module, target: Target, limits: Limits) -> None:
             and numbers[first + count] == numbers[first] + np.uint64(count)
         ):
             count += 1
-        look(module, Slice(target, first, count), limits.max_mappings)
+        look(module, Slice(target, first, count), limits.max_mappings, everything=True)
         first += count
     target.regions.settle()
 

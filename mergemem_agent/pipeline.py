@@ -14,8 +14,9 @@ from __future__ import annotations
 
 import logging
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from typing import Any, Final
 
 import numpy as np
@@ -23,8 +24,9 @@ import numpy as np
 from mergemem_agent import outcome
 from mergemem_agent.budget import Budget
 from mergemem_agent.cap import Caps
-from mergemem_agent.contract import PAGE_BYTES, Result
+from mergemem_agent.contract import Result
 from mergemem_agent.counts import Counts, PolicyMemory
+from mergemem_agent.hint import Hint
 from mergemem_agent.info import Limits
 from mergemem_agent.merge import GONE, Request
 from mergemem_agent.module import (
@@ -36,11 +38,12 @@ from mergemem_agent.module import (
     NoSuchProcess,
     PermissionDenied,
 )
+from mergemem_agent.order import Slice
 from mergemem_agent.policy import PolicySet
 from mergemem_agent.procfs import ProcFs
-from mergemem_agent.region import Regions
-from mergemem_agent.scan import Hint, ScanQueue, Slice, look
-from mergemem_agent.search import search
+from mergemem_agent.region import Look, Regions
+from mergemem_agent.scan import ScanQueue, look
+from mergemem_agent.search import Partners, search
 from mergemem_agent.targets import Pool, Target, Targets
 from mergemem_agent.zero import zero_requests
 
@@ -48,14 +51,25 @@ Array = np.ndarray[Any, np.dtype[Any]]
 
 log = logging.getLogger(__name__)
 
-# A domain is searched for equal pages when an eighth of it has newly settled, when it has been
-# waiting for this long, or, while the search is cheap, as soon as none of its regions is due.
+# A domain is searched for equal pages when an eighth of it is news, when it has been waiting for
+# this long, or, while the search is cheap, as soon as none of its regions is due.
 INDEX_SECONDS: Final = 30.0
 CHEAP_INDEX_PAGES: Final = 65536
+
+# Hints are taken in at the start of a round, and so often while it lasts.
+HINT_SECONDS: Final = 1.0
 
 # After NOMEM, merging rests: first for so long, then twice as long each time.
 NOMEM_SECONDS: Final = 10.0
 NOMEM_MAX_SECONDS: Final = 300.0
+
+
+@dataclass
+class _News:
+    """Pages of a pool that are worth a search."""
+
+    samples: int = 0  # by samples, which others may have
+    deep: int = 0  # by full checksums
 
 
 class Pipeline:
@@ -76,29 +90,25 @@ class Pipeline:
         self._budget = budget
         self._pace = pace
         self._hints = hints
-        self._settled: Counter[Pool] = Counter()  # pages since the last search
+        self._news: defaultdict[Pool, _News] = defaultdict(_News)  # since the last search
         self._searched: dict[Pool, float] = {}
         self._zeros = False  # some have settled
         self._synced = -float("inf")
+        self._hinted = -float("inf")
         self._no_memory_until = 0.0
         self._no_memory_seconds = NOMEM_SECONDS
+        self._memory: dict[str, PolicyMemory] | None = None
 
     def round(self, module: Module, limits: Limits) -> None:
         """Do all that is due now, stage by stage. Raises ModuleMissing, and what `pace` raises."""
         self.find_targets()
-        self.queue.take_hints(self._hints())
-        while not self._sync_is_due() and (work := self.queue.next(self._may_spend)):
-            self._scan(module, limits, work)
+        self._take_hints()
+        while not self._sync_is_due() and (self._read_mappings() or self._scan(module, limits)):
+            if time.monotonic() >= self._hinted + HINT_SECONDS:
+                self._take_hints()
         self._replace_zeros(module, limits)
-        for pool in self._pools_to_search():
-            targets, settled = self.targets.pool(pool), self._settled[pool]
-            caps = Caps(self.targets.policies, self.memory())
-            for request in search([target.regions for target in targets], pool.rules, limits):
-                self._done("index", targets[0])
-                self._merge_within(caps, module, targets, request)
-            self._done("index", targets[0])
-            self._searched[pool] = time.monotonic()
-            self._settled[pool] -= settled
+        for pool, samples in self._searches():
+            self._search(module, limits, pool, samples)
         self.counts.rounds += 1
 
     def find_targets(self) -> None:
@@ -106,6 +116,7 @@ class Pipeline:
         if self._sync_is_due():
             self._synced = time.monotonic()
             self.targets.sync()
+            self._follow()
             self._done("targets")
 
     def change_policies(self, policies: PolicySet, budget: Budget) -> None:
@@ -114,44 +125,37 @@ class Pipeline:
         self.targets.change_policies(policies)
         self._synced = time.monotonic()
         self.targets.sync()
+        self._follow()
 
     def forget_pages(self) -> None:
         """Start over: another load of the module computes other checksums."""
         for target in self.targets:
             target.regions, target.mapped = Regions(), 0.0
-        self._settled.clear()
+        self._follow()
+        self._news.clear()
         self._zeros = False
 
     def memory(self) -> dict[str, PolicyMemory]:
         """Add up, by policy, what is remembered of the targets' memory."""
-        totals = {policy.name: PolicyMemory() for policy in self.targets.policies.policies}
-        for target in self.targets:
-            total, rows = totals.get(target.policy.name, PolicyMemory()), target.regions.rows
-            merged = int(rows["merged"].sum())
-            saved_bytes = float(rows["saved_bytes"].sum(dtype=np.float64))
-            totals[target.policy.name] = PolicyMemory(
-                targets=total.targets + 1,
-                remembered_pages=total.remembered_pages + target.regions.pages,
-                merged_pages=total.merged_pages + merged,
-                saved_bytes=total.saved_bytes + saved_bytes,
-                # What a mapping does not save of its frame is its part of it.
-                shared_bytes=total.shared_bytes + max(0.0, merged * PAGE_BYTES - saved_bytes),
-                max_shared_bytes=target.policy.max_shared_bytes,
-                zero_pages=total.zero_pages + int(rows["zero"].sum()),
-                huge_pages=total.huge_pages + int(rows["huge"].sum()),
-            )
-        return totals
+        if self._memory is None:
+            parts: dict[str, list[Regions]] = {
+                policy.name: [] for policy in self.targets.policies.policies
+            }
+            limits = {p.name: p.max_shared_bytes for p in self.targets.policies.policies}
+            for target in self.targets:
+                parts.setdefault(target.policy.name, []).append(target.regions)
+                limits.setdefault(target.policy.name, target.policy.max_shared_bytes)
+            self._memory = {
+                name: PolicyMemory.of(regions, limits[name]) for name, regions in parts.items()
+            }
+        return self._memory
 
     def idle_seconds(self) -> float:
         """Return how long nothing will be due, at most until the next sync."""
         now = time.monotonic()
-        due = self._synced + self.targets.policies.agent.rescan_seconds
-        for target in self.targets:
-            table = target.regions.rows["due"]
-            wait = self._budget.policy_wait_seconds(target.policy.name)
-            if len(table):
-                due = min(due, max(float(table.min()), now + wait))
-        return max(0.0, due - now)
+        sync = self._synced + self.targets.policies.agent.rescan_seconds
+        work = self.queue.wait_seconds(now, self._budget.policy_wait_seconds)
+        return max(0.0, min(sync - now, work))
 
     def _sync_is_due(self) -> bool:
         return time.monotonic() >= self._synced + self.targets.policies.agent.rescan_seconds
@@ -161,46 +165,119 @@ class Pipeline:
 
     def _done(self, stage: str, target: Target | None = None) -> None:
         """Pay for a slice, then pause as the budget demands."""
+        self._paid(stage, target)
+        self._pace()
+
+    def _paid(self, stage: str, target: Target | None = None) -> float:
+        """Pay for a slice, and return the CPU seconds that it took."""
         policy = target.policy.name if target else ""
+        self._memory = None
         cpu_seconds = self._budget.charge(policy)
         self.counts.cpu_seconds[stage] += cpu_seconds
         if policy:
             self.counts.policy(policy).cpu_seconds += cpu_seconds
-        self._pace()
+        return cpu_seconds
 
-    def _scan(self, module: Module, limits: Limits, work: Slice) -> None:
-        target = work.target
+    def _follow(self) -> None:
+        """Let go of what is known of processes that are no targets any more."""
+        for regions in self.queue.follow():
+            regions.forget()
+            self.counts.flow.take(regions)
+        self._memory = None
+
+    def _take_hints(self) -> None:
+        self._hinted = time.monotonic()
+        self.queue.take_hints(self._hints())
+
+    def _read_mappings(self) -> bool:
+        """Read the mappings of a few targets, if it is time for some."""
+        if not self.queue.read_mappings(self._may_spend):
+            return False
+        self._done("scan")
+        return True
+
+    def _scan(self, module: Module, limits: Limits) -> bool:
+        """Look at what promises most; False: nothing is due."""
+        work = self.queue.next(self._may_spend)
+        if work is None:
+            return False
         try:
             seen = look(module, work, limits.max_mappings)
         except (ModuleMissing, PermissionDenied):
             raise
         except ModuleFailure as failure:
             self._scan_failed(work, failure)
+            self._paid("scan", work.target)
         else:
-            counts = self.counts.policy(target.policy.name)
-            counts.scanned += seen.scanned
-            counts.checksummed += seen.checksummed
-            counts.settled += seen.settled
-            self._settled[target.pool] += seen.settled
-            self._zeros |= seen.settled_zero > 0
-        self._done("scan", target)
+            self._take_in(work, seen)
+            self.queue.learn(work, seen, self._paid("scan", work.target))
+        self._pace()
+        return True
 
-    def _pools_to_search(self) -> list[Pool]:
+    def _take_in(self, work: Slice, seen: Look) -> None:
+        target, counts = work.target, self.counts.policy(work.target.policy.name)
+        counts.scanned += seen.scanned
+        counts.sampled += seen.sampled
+        counts.checksummed += seen.checksummed
+        counts.settled += seen.settled
+        counts.broken += seen.broken
+        news = self._news[target.pool]
+        self._searched.setdefault(target.pool, time.monotonic())
+        news.samples += seen.fresh
+        news.deep += seen.deepened + seen.settled
+        self._zeros |= seen.settled_zero > 0
+        self.counts.flow.take(target.regions)
+
+    def _searches(self) -> list[tuple[Pool, bool]]:
+        """Return the pools that are worth a search, and whether by samples or less."""
         now = time.monotonic()
-        if now < self._no_memory_until:
+        if now < self._no_memory_until or not self._news:
             return []
         pages: Counter[Pool] = Counter()
         for target in self.targets:
             pages[target.pool] += target.regions.pages
-        return [pool for pool in pages if self._worth_a_search(pool, pages[pool], now)]
+        for pool in self._news.keys() - pages.keys():
+            del self._news[pool]
+            self._searched.pop(pool, None)
+        found = []
+        for pool, news in self._news.items():
+            if self._worth_a_search(pool, news.samples, pages[pool], now):
+                found.append((pool, True))
+            elif self._worth_a_search(pool, news.deep, pages[pool], now):
+                found.append((pool, False))
+        return found
 
-    def _worth_a_search(self, pool: Pool, pages: int, now: float) -> bool:
-        settled = self._settled[pool]
-        if not settled:
+    def _worth_a_search(self, pool: Pool, news: int, pages: int, now: float) -> bool:
+        if not news:
             return False
-        if settled * 8 >= pages or now - self._searched.get(pool, 0.0) >= INDEX_SECONDS:
+        if news * 8 >= pages or now - self._searched[pool] >= INDEX_SECONDS:
             return True
-        return pages <= settled * 256 + CHEAP_INDEX_PAGES and not self.queue.due_in(pool)
+        return pages <= news * 256 + CHEAP_INDEX_PAGES and not self.queue.due_in(pool)
+
+    def _search(self, module: Module, limits: Limits, pool: Pool, samples: bool) -> None:
+        """Search a pool for partners and for what has settled, and merge the latter."""
+        targets = self.targets.pool(pool)
+        news, self._news[pool] = self._news[pool], _News()
+        memories = [target.regions for target in targets]
+        partners = Partners(memories, [target.policy.settle_seconds for target in targets])
+        caps = Caps(self.targets.policies, self.memory())
+        seconds, whole = 0.0, False
+        try:
+            for request in search(memories, pool.rules, limits, partners, samples):
+                seconds += self._paid("index", targets[0])
+                self._pace()
+                self._merge_within(caps, module, targets, request)
+            seconds += self._paid("index", targets[0])
+            whole = True
+        finally:
+            for regions in memories:
+                self.counts.flow.take(regions)
+            # Where the round ends in the middle, there will be another search.
+            self._news[pool].samples += 0 if whole and samples else news.samples
+            self._news[pool].deep += 0 if whole else news.deep
+        self._searched[pool] = time.monotonic()
+        self.queue.costs.learn_search(seconds, sum(regions.pages for regions in memories))
+        self._pace()
 
     def _replace_zeros(self, module: Module, limits: Limits) -> None:
         """Have the zero page take the place of settled zero-filled pages, whoever owns them."""
@@ -251,15 +328,19 @@ class Pipeline:
         else:
             outcome.count(self.counts, targets, request, results)
             outcome.remember(targets, request, results)
+            for index in request.processes:
+                self.counts.flow.take(targets[index].regions)
             self._heed(targets, results)
         self._done("merge", named[0])
         return results
 
     def _heed(self, targets: list[Target], results: Array) -> None:
         """Let results change what is done next."""
+        self.queue.success.learn(0, 0, int(np.count_nonzero(results == Result.SUCCESS)))
         crowded = int(np.count_nonzero(results == Result.MOREMAP))
         if crowded:
-            self._settled[targets[0].pool] += crowded
+            self._news[targets[0].pool].deep += crowded
+            self._searched.setdefault(targets[0].pool, time.monotonic())
         if np.isin(results, list(GONE)).any():
             self._synced = -float("inf")  # /proc tells who is gone
         self._rest_without_memory(results)
@@ -281,7 +362,8 @@ class Pipeline:
             self.targets.refuse(target)
         else:
             rows = target.regions.rows[work.first : work.first + work.count]
-            rows["due"] = time.monotonic() + target.policy.settle_seconds
+            rows["sample"] = time.monotonic() + target.policy.settle_seconds
+            target.regions.put_off(work.first, work.count)
             if not isinstance(failure, Busy):
                 self._failed("scan", f"process {target.process.pid}: {failure.message}")
 

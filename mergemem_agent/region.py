@@ -1,29 +1,14 @@
 # SPDX-License-Identifier: MIT
-"""What the agent remembers of the pages that it has scanned: one 64-bit word for each.
+"""What the agent remembers of a process's memory: a table of regions, and a word for each page.
 
 A region is a window of 2 MiB of one process's address space, aligned to 2 MiB: what one page
 table maps, and so what the kernel module can handle under one lock. Of a region the agent keeps
-one row of a table, and one word per page that had a checksum when it was last looked at:
+one row of a table, and one word (word.py) per page that could be merged when it was last looked at.
+Words of a region are kept in ascending order of pages.
 
-     63                    22 21        13 12         5 4     0
-    +------------------------+------------+------------+-------+
-    | checksum, upper 42 bit | page 0-511 | map count  | flags |
-    +------------------------+------------+------------+-------+
-
-The word holds all that is needed between two looks (is the checksum still the same?), for the
-index (which pages have the same checksum?) and for nominating (how many frames would that free?).
-
-- 42 bits of checksum: among n pages, n * n / 2 / 2**42 pairs look equal and are not. That is
-  0.1 pairs among a million pages, 1,140 among 100 million (400 GB). Each costs one comparison in
-  the kernel.
-- Map counts of 255 and more are kept as 255, which means "many".
-- Words of a region are kept in ascending order of pages, and pages without a word were absent,
-  swapped, or of a kind that is never merged; so are, where the policy does not want them merged,
-  pages of huge pages and pages filled with zeros.
-
-Memory, for each region with n words: 8 * n, 33 bytes of Python's for the `bytes` that holds them,
-on average 8 more to align it, 8 in a list, and 48 in the table: 8.2 bytes per page in a full
-region, 9.1 in one with a hundred pages. A numpy array in place of the `bytes` would cost 112 more.
+Memory, for each region with n words: 8 * n, 57 bytes of Python's for the `bytearray` that holds
+them, on average 16 more to align it, 8 in a list, and 79 in the table: 8.3 bytes per page in a full
+region, 9.6 in one with a hundred pages. A numpy array in place of each would cost 64 more.
 """
 
 from __future__ import annotations
@@ -33,78 +18,80 @@ from typing import Any, Final
 
 import numpy as np
 
-from mergemem_agent.contract import PAGE_BYTES, RECORD, State
+from mergemem_agent import schedule
+from mergemem_agent.contract import PAGE_BYTES, RECORD
+from mergemem_agent.look import ORDINARY, Seen, Wanted, compare
+from mergemem_agent.word import (
+    DEEP,
+    MERGED,
+    PAGE_BITS,
+    PARTNER,
+    SETTLED,
+    WORD,
+    ZERO,
+    Stage,
+    page_of,
+    stage_of,
+)
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
-REGION_PAGES: Final = 512
+REGION_PAGES: Final = 1 << PAGE_BITS
 REGION_SHIFT: Final = 21
 REGION_BYTES: Final = 1 << REGION_SHIFT
-
-CHECKSUM_SHIFT: Final = 22
-CHECKSUM_BITS: Final = 64 - CHECKSUM_SHIFT
-_PAGE_SHIFT: Final = 13
-_MAP_COUNT_SHIFT: Final = 5
-MANY_MAPPINGS: Final = 255
-
-# Flags of a word.
-SETTLED: Final = 1 << 0  # two looks, far enough apart, saw the same checksum
-MERGED: Final = 1 << 1  # a merged page: others can join it
-FULL: Final = 1 << 2  # ... but its frame has as many mappings as it may have
-HUGE: Final = 1 << 3  # part of a huge page or large folio, which must be split first
-ZERO: Final = 1 << 4  # filled with zeros: equal to nobody's page but the kernel's own
-
-_WORD: Final = np.dtype(np.uint64)
-_CHECKSUM_MASK: Final = np.uint64(((1 << CHECKSUM_BITS) - 1) << CHECKSUM_SHIFT)
 
 # One row of the table of a process's regions. Times are seconds of time.monotonic().
 ROW: Final = np.dtype(
     [
         ("number", np.uint64),  # address >> REGION_SHIFT; rows are sorted by it
-        ("looked", np.float64),  # when it was scanned last
-        ("due", np.float64),  # when to scan it next; 0: as soon as possible
-        ("interval", np.float32),  # seconds between the last look and the next
-        ("looks", np.uint32),  # how often it was scanned
-        ("changed", np.bool_),  # the last look saw pages that the one before had not
+        ("due", np.float64),  # when to look at it next; 0: as soon as possible
+        ("sample", np.float64),  # when to take samples of its pages next
+        ("sampled", np.float64),  # when that was done last; 0: never
+        ("read", np.float64),  # when pages of it were last read in full; 0: never
+        ("interval", np.float32),  # seconds between the last samples and the next
+        ("saved_bytes", np.float32),  # what merged pages save: 4096 * (1 - 1 / map count) for each
+        ("split", np.float32),  # when a huge page was split here; 0: never
+        ("news", np.float32),  # running average of pages that were not what they were
+        ("restless", np.float32),  # 0 to 4: how often its merges break, see schedule.py
+        ("looks", np.uint32),  # how often it was looked at
+        ("pages", np.uint16),  # that have a word
+        ("first", np.uint16),  # pages to be read in full, as others have the same sample
+        ("second", np.uint16),  # pages to be read once more, `settle` after the first time
         ("zero", np.uint16),  # pages filled with zeros
         ("huge", np.uint16),  # pages that are part of a huge page
         ("merged", np.uint16),  # merged pages
-        ("saved_bytes", np.float32),  # what they save: 4096 * (1 - 1 / map count) for each
         ("order", np.uint8),  # of the largest folio with pages here; 9: a huge page
-        ("split", np.float32),  # when a huge page was split here; 0: never
+        ("hinted", np.uint8),  # how often hints have moved the next look
+        ("changed", np.bool_),  # the last look saw pages that the one before had not
     ]
 )
 
-# A region is never left alone for longer, whatever the yield.
-MAX_INTERVAL_SECONDS: Final = 1800.0
-
-
-def page_of(words: Array) -> Array:
-    """Return the page numbers within their regions, 0 to 511."""
-    return (words >> np.uint64(_PAGE_SHIFT)) & np.uint64(REGION_PAGES - 1)
-
-
-def map_count_of(words: Array) -> Array:
-    """Return the map counts, of which 255 means 255 or more."""
-    return (words >> np.uint64(_MAP_COUNT_SHIFT)) & np.uint64(MANY_MAPPINGS)
-
-
-@dataclass(frozen=True)
-class Wanted:
-    """Which pages to remember beside ordinary ones: those that a policy wants merged, too."""
-
-    huge: bool = False
-    zero: bool = False
+STAGES: Final = len(Stage)
+_U64 = np.uint64
 
 
 @dataclass(frozen=True)
 class Look:
-    """What one scan of some regions saw, in pages."""
+    """What one look at some regions saw, in pages."""
 
     scanned: int  # that are there, whatever their state
-    checksummed: int
-    settled: int  # of those, newly settled: worth a look at the index
-    settled_zero: int  # and those that only the zero page is equal to
+    sampled: int  # of those, only a sample was read
+    checksummed: int  # of those, all of it was read
+    fresh: int  # whose sample is new: worth a search for partners
+    deepened: int  # read in full for the first time: worth a search among such
+    settled: int  # newly settled: worth a search, too
+    settled_zero: int  # newly settled, and only the zero page is equal to them
+    broken: int  # that were merged, and are no more
+    zero: int
+    huge: int
+
+
+@dataclass(frozen=True)
+class Totals:
+    """What the regions of one process hold, as last scanned, in pages."""
+
+    merged: int
+    saved_bytes: float
     zero: int
     huge: int
 
@@ -115,37 +102,74 @@ class Regions:
     def __init__(self) -> None:
         """Know nothing of the process yet."""
         self.rows: Array = np.zeros(0, dtype=ROW)
-        self.words: list[bytes] = []
+        self.words: list[bytearray] = []
+        # How many pages went from one Stage to another: STAGES * STAGES, until taken.
+        self.moves: Array = np.zeros(0, dtype=np.int64)
+        self._pages = 0
+        self._next_due: float | None = None
+        self._totals: Totals | None = None
 
-    def replace(self, numbers: Array) -> bool:
+    def replace(self, numbers: Array, now: float = 0.0) -> bool:
         """Keep what is known of the regions in `numbers`, sorted; forget all others.
 
-        Returns whether any came or went.
+        New ones are due `now`. Returns whether any came or went.
         """
         if np.array_equal(numbers, self.rows["number"]):
             return False
         rows = np.zeros(len(numbers), dtype=ROW)
-        rows["number"] = numbers
+        rows["number"], rows["due"], rows["sample"] = numbers, now, now
         _, new, old = np.intersect1d(
             numbers, self.rows["number"], assume_unique=True, return_indices=True
         )
         rows[new] = self.rows[old]
-        words = [b""] * len(rows)
+        words = [bytearray() for _ in range(len(rows))]
         for to, source in zip(new.tolist(), old.tolist(), strict=True):
             words[to] = self.words[source]
+            self.words[source] = bytearray()
+        self.moved(self._all_words(), None)
         self.rows, self.words = rows, words
+        self._pages = int(rows["pages"].sum())
+        self.changed()
         return True
 
     @property
     def pages(self) -> int:
         """How many pages have a word."""
-        return sum(map(len, self.words)) // _WORD.itemsize
+        return self._pages
+
+    @property
+    def next_due(self) -> float:
+        """When the first of the regions is due; infinite without any."""
+        if self._next_due is None:
+            self._next_due = float(self.rows["due"].min(initial=np.inf))
+        return self._next_due
 
     def find(self, number: int) -> int | None:
         """Return the index of a region's row, or None when it is not (or no longer) known."""
-        index = int(np.searchsorted(self.rows["number"], np.uint64(number)))
-        found = index < len(self.rows) and int(self.rows["number"][index]) == number
+        numbers = self.rows["number"]
+        index = int(numbers.searchsorted(_U64(number)))
+        found = index < len(numbers) and int(numbers[index]) == number
         return index if found else None
+
+    def words_of(self, row: int) -> Array:
+        """Return the words of a row. They may be changed, but for whether they are 0."""
+        return np.frombuffer(self.words[row], dtype=WORD)
+
+    def wanted_in_full(self, first: int, count: int, now: float, settle: float) -> Array:
+        """Return which pages of `count` regions from row `first` on are to be read in full now.
+
+        These are the pages with a partner, and zeros that have to be seen twice: but for the first
+        checksum, not before `settle` has passed. A bool for each page.
+        """
+        words = self._spread(first, count)
+        rows = self.rows[first : first + count]
+        apart = schedule.apart(rows, now, settle)
+        partner = (words & _U64(PARTNER)) != 0
+        deep = (words & _U64(DEEP)) != 0
+        full = partner & (~deep | apart[:, :1])
+        full |= ((words & _U64(ZERO | SETTLED)) == ZERO) & apart[:, 1:]
+        result: Array = full.reshape(-1)
+        return result
 
     def look(
         self,
@@ -155,95 +179,179 @@ class Regions:
         now: float,
         settle: float,
         max_mappings: int,
-        wanted: Wanted = Wanted(),
+        wanted: Wanted = ORDINARY,
+        full: Array | None = None,
+        sampled: bool = True,
     ) -> Look:
         """Take in what the kernel saw in `count` neighbouring regions from row `first` on.
 
-        `records` has 512 contract.RECORD for each of them, all zero where nothing is mapped.
+        `records` has 512 contract.RECORD for each of them, all zero where nothing is mapped; `full`
+        a bool for each, which tells what was to be read in full (None: all of it). Of the others a
+        sample was taken, if `sampled`.
         """
         rows = self.rows[first : first + count]
-        new = _words(records, count, max_mappings, wanted)
+        shape = (count, REGION_PAGES)
+        records = records.reshape(shape)
+        asked = np.ones(shape, dtype=np.bool_) if full is None else full.reshape(shape)
         old = self._spread(first, count)
-        present = new != 0
-        same = present & (old != 0) & ((new ^ old) & _CHECKSUM_MASK == 0)
-        # A page that is no longer merged was written to, though it may look the same again.
-        same &= (old & ~new & np.uint64(MERGED)) == 0
-        settled_before = same & (old & np.uint64(SETTLED) != 0)
-        apart = now - rows["looked"] >= settle * _CLOCK_TOLERANCE
-        settled = settled_before | (same & np.repeat(apart, REGION_PAGES))
-        new |= settled.astype(_WORD) * np.uint64(SETTLED)
-        # What was part of a huge page and is no more can be merged only now.
-        newly = settled & (~settled_before | (old & ~new & np.uint64(HUGE) != 0))
-        newly &= new & np.uint64(MERGED) == 0
-        small_zero = new & np.uint64(ZERO | HUGE) == ZERO
-
-        self._store(first, count, new, present)
-        _account(rows, records)
-        _schedule(rows, _per_region(present & ~same) > 0, now, settle)
+        apart = schedule.apart(rows, now, settle)
+        seen = compare(old, records, asked, apart, max_mappings, wanted)
+        self._store(first, count, seen.words)
+        self.moved(old, seen.words)
+        merged_before = rows["merged"].copy()
+        _account(rows, records, seen, sampled)
+        deep = np.count_nonzero(seen.deep, axis=1)
+        rows["read"][deep > 0] = now
+        # What was merged by others, and is known only now, is no change.
+        changed = np.count_nonzero(
+            seen.fresh & (seen.words & _U64(MERGED) == 0) if sampled else seen.unseen, axis=1
+        )
+        broken = np.count_nonzero(seen.broken, axis=1)
+        schedule.after_look(rows, changed, broken, merged_before, now, settle, sampled)
+        self.changed()
         return Look(
-            scanned=int(np.count_nonzero(records["state"] != State.ABSENT)),
-            checksummed=int(np.count_nonzero(records["checksum"])),
-            settled=int(np.count_nonzero(newly & ~small_zero)),
-            settled_zero=int(np.count_nonzero(newly & small_zero)),
+            scanned=seen.present,
+            sampled=seen.touched - seen.in_full,
+            checksummed=seen.in_full,
+            fresh=int(np.count_nonzero(seen.fresh)),
+            deepened=int(np.count_nonzero(seen.deepened)),
+            settled=int(np.count_nonzero(seen.settled)),
+            settled_zero=int(np.count_nonzero(seen.settled_zero)),
+            broken=int(broken.sum()),
             zero=int(rows["zero"].sum()),
             huge=int(rows["huge"].sum()),
         )
 
     def settle(self) -> None:
         """Take one look for enough, for all pages: who asks for a merge by hand may know."""
-        for row, blob in enumerate(self.words):
-            words = np.frombuffer(blob, dtype=_WORD) | np.uint64(SETTLED)
-            self.words[row] = words.tobytes()
+        for row in range(len(self.words)):
+            words = self.words_of(row)
+            before = words.copy()
+            words |= _U64(SETTLED)
+            self.moved(before, words)
 
-    def mark(self, number: int, pages: Array, set_flags: int, clear_flags: int) -> None:
-        """Set and clear flags of some pages of one region; pages no longer known are left out."""
-        row = self.find(number)
-        if row is None:
+    def mark(self, row: int, pages: Array, set_flags: int, clear_flags: int) -> None:
+        """Set and clear flags of some pages of a row; those without a word are left out."""
+        words = self.words_of(row)
+        at, _ = positions(words, pages)
+        before = words[at]
+        words[at] = (before & ~_U64(clear_flags)) | _U64(set_flags)
+        self.moved(before, words[at])
+
+    def partners(self, rows: Array, pages: Array, deep: Array) -> None:
+        """Let pages that have partners be read in full: the row, the page, and the DEEP of each.
+
+        `rows` is sorted, and none of these pages is PARTNER yet. See schedule() for when.
+        """
+        starts = np.flatnonzero(np.diff(rows, prepend=-1))
+        for row, part in zip(rows[starts].tolist(), np.split(pages, starts[1:]), strict=True):
+            words = self.words_of(row)
+            words[part if len(words) == REGION_PAGES else positions(words, part)[0]] |= _U64(
+                PARTNER
+            )
+        for name, chosen in (("first", rows[~deep]), ("second", rows[deep])):
+            self.rows[name] += np.bincount(chosen, minlength=len(self.rows)).astype(np.uint16)
+        moves = np.zeros((STAGES, STAGES), dtype=np.int64)
+        moves[Stage.DISMISSED, Stage.CONFIRMING] = np.count_nonzero(deep)
+        moves[Stage.SAMPLED, Stage.PARTNER] = np.count_nonzero(~deep)
+        self._count(moves.reshape(-1))
+
+    def hint(self, row: int, now: float, settle: float, breaks: bool) -> bool:
+        """Have a row looked at when it has been quiet; False: it was put off often enough.
+
+        To be followed by schedule().
+        """
+        return schedule.after_hint(self.rows[row : row + 1], now, settle, breaks)
+
+    def schedule(self, now: float, settle: float) -> None:
+        """Say anew when each region is due, after partners() or a change of its times."""
+        schedule.after_search(self.rows, now, settle)
+        self.changed()
+
+    def totals(self) -> Totals:
+        """Add up what the regions hold."""
+        if self._totals is None:
+            self._totals = Totals(
+                merged=int(self.rows["merged"].sum()),
+                saved_bytes=float(self.rows["saved_bytes"].sum(dtype=np.float64)),
+                zero=int(self.rows["zero"].sum()),
+                huge=int(self.rows["huge"].sum()),
+            )
+        return self._totals
+
+    def put_off(self, first: int, count: int) -> None:
+        """Leave some regions alone until their samples are due, since they cannot be looked at."""
+        rows = self.rows[first : first + count]
+        rows["due"] = rows["sample"]
+        self.changed()
+
+    def take_moves(self) -> Array:
+        """Return how many pages went from one stage to another since this was called last."""
+        moves, self.moves = self.moves, np.zeros(0, dtype=np.int64)
+        return moves if len(moves) else np.zeros(STAGES * STAGES, dtype=np.int64)
+
+    def forget(self) -> None:
+        """Count all pages as gone, since the process, or the interest in it, is."""
+        self.replace(np.zeros(0, dtype=np.uint64))
+
+    def changed(self) -> None:
+        """Forget what was added up of the table, since it has changed."""
+        self._next_due = self._totals = None
+
+    def _all_words(self) -> Array:
+        return np.frombuffer(b"".join(self.words), dtype=WORD)
+
+    def moved(self, before: Array, after: Array | None) -> None:
+        """Count pages by the stage that they leave and the one that they enter."""
+        if not before.size:
             return
-        words = np.frombuffer(self.words[row], dtype=_WORD).copy()
-        chosen = np.isin(page_of(words), pages)
-        words[chosen] &= ~np.uint64(clear_flags)
-        words[chosen] |= np.uint64(set_flags)
-        self.words[row] = words.tobytes()
+        pairs = stage_of(before.reshape(-1)) * np.uint8(STAGES)
+        if after is not None:
+            pairs += stage_of(after.reshape(-1))
+        self._count(np.bincount(pairs, minlength=STAGES * STAGES))
 
-    def revisit(self, number: int, now: float, delay: float) -> None:
-        """Scan a region after `delay` seconds, as its yield was good: back-off starts over."""
-        row = self.find(number)
-        if row is not None:
-            self.rows["interval"][row] = delay
-            self.rows["due"][row] = now + delay
-
-    def merged(self, number: int, pages: int, saved_bytes: float) -> None:
-        """Count pages of a region that were merged now, until the next look counts them all."""
-        row = self.find(number)
-        if row is not None:
-            self.rows["merged"][row] = min(REGION_PAGES, int(self.rows["merged"][row]) + pages)
-            self.rows["saved_bytes"][row] += saved_bytes
-
-    def split(self, number: int, now: float) -> None:
-        """Remember that a huge page was split in a region."""
-        row = self.find(number)
-        if row is not None:
-            self.rows["split"][row] = now
+    def _count(self, moves: Array) -> None:
+        self.moves = self.moves + moves if len(self.moves) else moves
 
     def _spread(self, first: int, count: int) -> Array:
         """Return the remembered words of some regions, each in the place of its page."""
         blobs = self.words[first : first + count]
-        words = np.frombuffer(b"".join(blobs), dtype=_WORD)
-        lengths = [len(blob) // _WORD.itemsize for blob in blobs]
-        start = np.repeat(np.arange(count) * REGION_PAGES, lengths)
-        spread = np.zeros(count * REGION_PAGES, dtype=_WORD)
-        spread[start + page_of(words).astype(np.intp)] = words
-        return spread
+        words = np.frombuffer(b"".join(blobs), dtype=WORD)
+        if len(words) == count * REGION_PAGES:
+            return words.reshape(count, REGION_PAGES)
+        spread = np.zeros(count * REGION_PAGES, dtype=WORD)
+        if len(words):
+            start = np.repeat(
+                np.arange(count) * REGION_PAGES, self.rows["pages"][first : first + count]
+            )
+            spread[start + page_of(words).astype(np.intp)] = words
+        return spread.reshape(count, REGION_PAGES)
 
-    def _store(self, first: int, count: int, words: Array, present: Array) -> None:
-        for index in range(count):
-            part = slice(index * REGION_PAGES, (index + 1) * REGION_PAGES)
-            self.words[first + index] = words[part][present[part]].tobytes()
+    def _store(self, first: int, count: int, words: Array) -> None:
+        present = words != 0
+        counts = np.count_nonzero(present, axis=1)
+        rows = self.rows["pages"][first : first + count]
+        self._pages += int(counts.sum()) - int(rows.sum())
+        rows[:] = counts
+        packed = memoryview(words[present].tobytes())
+        ends = (np.cumsum(counts) * WORD.itemsize).tolist()
+        start = 0
+        for index, end in enumerate(ends):
+            self.words[first + index] = bytearray(packed[start:end])
+            start = end
 
 
-# Timers and clocks round: a look that was due after 10 s may come after 9.9999 s.
-_CLOCK_TOLERANCE: Final = 0.999
+def positions(words: Array, pages: Array) -> tuple[Array, Array]:
+    """Return where the words of some pages are, and which of the pages have one."""
+    if not len(words):
+        return np.zeros(0, dtype=np.intp), np.zeros(len(pages), dtype=np.bool_)
+    if len(words) == REGION_PAGES:
+        return pages.astype(np.intp), np.ones(len(pages), dtype=np.bool_)
+    numbers = page_of(words)
+    pages = pages.astype(np.uint64)
+    at = np.minimum(numbers.searchsorted(pages), len(words) - 1)
+    found: Array = numbers[at] == pages
+    return at[found], found
 
 
 def blank_records(count: int) -> Array:
@@ -251,65 +359,17 @@ def blank_records(count: int) -> Array:
     return np.zeros(count * REGION_PAGES, dtype=RECORD)
 
 
-def _words(records: Array, count: int, max_mappings: int, wanted: Wanted) -> Array:
-    """Return a word for each record of a page that can be merged, 0 for all others."""
-    state = records["state"]
-    merged, zero, huge = state == State.MERGED, state == State.ZERO, _is_huge(records)
-    mergeable = merged | (state == State.ANON)
-    if wanted.huge:
-        mergeable |= state == State.HUGE
-    if wanted.zero:
-        mergeable |= zero if wanted.huge else zero & ~huge
-    map_counts = records["map_count"]
-    pages = np.tile(np.arange(REGION_PAGES, dtype=_WORD), count)
-    words = records["checksum"] & _CHECKSUM_MASK
-    words |= pages << np.uint64(_PAGE_SHIFT)
-    # At least 1, so that a word is never 0, which means that there is none.
-    words |= np.clip(map_counts, 1, MANY_MAPPINGS).astype(_WORD) << np.uint64(_MAP_COUNT_SHIFT)
-    words |= merged.astype(_WORD) * np.uint64(MERGED)
-    words |= (merged & (map_counts >= max_mappings)).astype(_WORD) * np.uint64(FULL)
-    words |= huge.astype(_WORD) * np.uint64(HUGE)
-    words |= zero.astype(_WORD) * np.uint64(ZERO)
-    words *= mergeable
-    return words
-
-
-def _is_huge(records: Array) -> Array:
-    state = records["state"]
-    huge: Array = (state == State.HUGE) | ((state == State.ZERO) & (records["order"] > 0))
-    return huge
-
-
-def _per_region(pages: Array) -> Array:
-    totals: Array = pages.reshape(-1, REGION_PAGES).sum(axis=1)
-    return totals
-
-
-def _account(rows: Array, records: Array) -> None:
-    state = records["state"]
-    merged = state == State.MERGED
-    saved = np.where(merged, PAGE_BYTES - PAGE_BYTES / np.maximum(records["map_count"], 1), 0.0)
-    rows["zero"] = _per_region(state == State.ZERO)
-    huge = _is_huge(records)
-    rows["huge"] = _per_region(huge)
-    orders = np.where(huge, records["order"], 0).reshape(-1, REGION_PAGES)
-    rows["order"] = orders.max(axis=1)
-    rows["merged"] = _per_region(merged)
-    rows["saved_bytes"] = _per_region(saved)
-
-
-def _schedule(rows: Array, changed: Array, now: float, settle: float) -> None:
-    """Say when to scan each region next.
-
-    Looks at a region come ever more rarely, each time after twice as long, whether it never
-    changes or changes always: neither yields anything. Two things start over at `settle`: the
-    first look, and a change after calm, since what has changed may have come to rest. (A third
-    is a merge: see Regions.revisit().)
-    """
-    start_over = (rows["looks"] == 0) | (changed & ~rows["changed"])
-    doubled = np.minimum(rows["interval"] * 2, max(MAX_INTERVAL_SECONDS, settle))
-    rows["interval"] = np.where(start_over, settle, np.maximum(doubled, settle))
-    rows["changed"] = changed | (rows["looks"] == 0)
-    rows["looks"] += 1
-    rows["looked"] = now
-    rows["due"] = now + rows["interval"]
+def _account(rows: Array, records: Array, seen: Seen, sampled: bool) -> None:
+    rows["huge"] = np.count_nonzero(seen.huge, axis=1)
+    rows["order"] = 0
+    if rows["huge"].any():
+        rows["order"] = np.where(seen.huge, records["order"], 0).max(axis=1)
+    if sampled:
+        rows["zero"] = np.count_nonzero(seen.zero, axis=1)
+    rows["merged"] = np.count_nonzero(seen.merged, axis=1)
+    rows["saved_bytes"] = 0
+    if rows["merged"].any():
+        map_counts = np.maximum(records["map_count"], 1)
+        saved = np.where(seen.merged, PAGE_BYTES - PAGE_BYTES / map_counts, 0.0)
+        rows["saved_bytes"] = saved.sum(axis=1)
+    schedule.count_partners(rows, seen.words)

@@ -1,167 +1,278 @@
 # SPDX-License-Identifier: MIT
 """The scan queue: which regions to look at next, and the look itself.
 
-Targets take turns, so that none starves; each turn takes the next few regions of one target that
-are due, at most SLICE_REGIONS of them and neighbours, in one CHECKSUM request. When a region is
-due is decided after each look at it (region.py), and by hints. The queue holds no list of its own:
-it is the tables of the targets, bounded by MAX_REGIONS in each.
+The queue holds no list of its own: it is the tables of the targets, bounded by MAX_REGIONS in each.
+When a region is due is decided after each look at it (schedule.py), by the search for partners
+(search.py), and by hints; which of those that are due goes first, by what it promises (order.py).
 """
 
 from __future__ import annotations
 
+import heapq
 import logging
+import math
+import os
 import time
-from collections import deque
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Final
 
 import numpy as np
 
-from mergemem_agent.contract import PAGE_BYTES
+from mergemem_agent.contract import DEPTH_FULL_BYTES, DEPTH_SAMPLE_BYTES, PAGE_BYTES
+from mergemem_agent.hint import Hint
+from mergemem_agent.look import Wanted
 from mergemem_agent.module import Module
+from mergemem_agent.order import Plan, Slice
+from mergemem_agent.prior import Costs, Siblings, Success
 from mergemem_agent.procfs import Mapping, PermissionDenied, ProcessGone, ProcessId, ProcFs
-from mergemem_agent.region import (
-    REGION_PAGES,
-    REGION_SHIFT,
-    Look,
-    Wanted,
-    blank_records,
-)
+from mergemem_agent.region import REGION_PAGES, REGION_SHIFT, Look, Regions, blank_records
 from mergemem_agent.targets import Pool, Target, Targets
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
 log = logging.getLogger(__name__)
 
-# One request: 16 MiB of address space, 3 ms of checksums when all of it is resident.
-SLICE_REGIONS: Final = 8
-
-# 256 GiB of address space of one process; the table of it takes 8 MB.
+# 256 GiB of address space of one process; the table of it takes 11 MB.
 MAX_REGIONS: Final = 1 << 17
 
 # Mappings of a target are read again this often, and ever more rarely while they stay the same.
 MAPPINGS_SECONDS: Final = 10.0
 MAPPINGS_MAX_SECONDS: Final = 120.0
+# ... and so soon after a hint about memory that was not mapped when they were read.
+MAPPINGS_HINT_SECONDS: Final = 1.0
+_MAPPINGS_AT_ONCE: Final = 8
 
+# A process is not scanned before it is as old as its policy's `settle`, or as this.
+YOUNG_SECONDS: Final = 2.0
 
-@dataclass(frozen=True)
-class Hint:
-    """What page faults tell of one region since the last hint about it.
-
-    Many first touches are new memory: worth a scan once it has been quiet. Many write-protect
-    faults mean that sharing has just broken: not worth one soon.
-    """
-
-    process: ProcessId
-    address: int  # of the region: a multiple of 2 MiB
-    first_touches: int
-    write_protect_faults: int
-
-
-@dataclass(frozen=True)
-class Slice:
-    """Neighbouring regions of one target that are due: `count` rows of its table from `first`."""
-
-    target: Target
-    first: int
-    count: int
+# An order holds for so long, or as many times as long as it took to find.
+_PLAN_SECONDS: Final = 1.0
+_PLAN_FACTOR: Final = 20.0
 
 
 @dataclass(frozen=True)
 class QueueState:
-    """How long the queue is, in regions."""
+    """How long the queue is, in regions, and how far behind."""
 
     regions: int
     due: int
     dropped: int  # beyond MAX_REGIONS of a target
+    overdue_seconds: float = 0.0  # for how long the first of them has been due
+    hints: dict[str, int] = field(default_factory=dict)  # taken in, by what became of them
+    cost_seconds: dict[str, float] = field(default_factory=dict)  # of each part of a scan
+
+
+@dataclass
+class _Tracked:
+    """What the queue keeps of a target, beside its regions."""
+
+    target: Target
+    regions: Regions
+    interval: float = MAPPINGS_SECONDS / 2
+    dropped: int = 0
 
 
 class ScanQueue:
-    """Hands out what is due, target by target."""
+    """Hands out what is due, best first."""
 
     def __init__(self, targets: Targets, procfs: ProcFs) -> None:
         """Queue the regions of `targets`, whoever they are at the moment of each call."""
         self._targets = targets
         self._procfs = procfs
-        self._turns: deque[Target] = deque()
-        self._mapping_intervals: dict[ProcessId, float] = {}
-        self._dropped: dict[ProcessId, int] = {}
+        self._tracked: dict[ProcessId, _Tracked] = {}
+        self._to_read: list[tuple[float, ProcessId]] = []  # a heap of mappings, by when
+        self._siblings: defaultdict[Pool, Siblings] = defaultdict(Siblings)
+        self.success = Success()
+        self.costs = Costs()
+        self._plan: Plan | None = None
+        self._plan_ends = 0.0
+        self._hints: Counter[str] = Counter()
 
-    def next(self, ready: Callable[[Target], bool]) -> Slice | None:
-        """Return the next slice that is due, of a target that is `ready`; None: nothing is."""
-        now = time.monotonic()
-        self._queue_newcomers()
-        for _ in range(len(self._turns)):
-            target = self._turns.popleft()
-            if target not in self._targets:
-                continue
-            self._turns.append(target)
-            if ready(target) and self._read_mappings(target, now):
-                due = _first_due(target, now)
-                if due is not None:
-                    return due
-        return None
+    # --- targets that come and go ---------------------------------------------------------------
 
-    def take_hints(self, hints: Iterable[Hint]) -> None:
-        """Let page faults say which regions to look at sooner, and which later."""
+    def follow(self) -> list[Regions]:
+        """Notice targets that came and went; return what was known of those that went.
+
+        So it does where a target starts over, since its policy has changed.
+        """
+        gone = []
+        current = {target.process: target for target in self._targets}
+        for process in self._tracked.keys() - current.keys():
+            gone.append(self._tracked.pop(process).regions)
+        for process, target in current.items():
+            tracked = self._tracked.get(process)
+            if tracked is None or tracked.regions is not target.regions:
+                if tracked is None:
+                    target.mapped = max(target.mapped, _grown_up(target))
+                else:
+                    gone.append(tracked.regions)
+                self._tracked[process] = _Tracked(target, target.regions)
+                self._read_later(target)
+        if gone:
+            pools = {target.pool for target in current.values()}
+            for pool in self._siblings.keys() - pools:
+                del self._siblings[pool]
+        return gone
+
+    def read_mappings(self, ready: Callable[[Target], bool]) -> bool:
+        """Learn of regions that came and went in a few targets; False: it is time for none."""
         now = time.monotonic()
-        by_process = {target.process: target for target in self._targets}
-        for hint in hints:
-            target = by_process.get(hint.process)
-            row = target.regions.find(hint.address >> REGION_SHIFT) if target else None
-            if target is None or row is None:
+        read = 0
+        while self._to_read and self._to_read[0][0] <= now and read < _MAPPINGS_AT_ONCE:
+            _, process = heapq.heappop(self._to_read)
+            tracked = self._tracked.get(process)
+            # Once put off, or hastened by a hint, a process is in the heap twice.
+            if tracked is None or tracked.target.mapped > now:
                 continue
-            rows, settle = target.regions.rows, target.policy.settle_seconds
-            if hint.write_protect_faults > hint.first_touches:
-                rows["due"][row] = max(rows["due"][row], now + 2 * settle)
+            if ready(tracked.target):
+                self._read_mappings(tracked, now)
+                read += 1
             else:
-                rows["due"][row] = min(rows["due"][row], now + settle)
+                tracked.target.mapped = now + MAPPINGS_HINT_SECONDS
+            self._read_later(tracked.target)
+        return read > 0
 
-    def due_in(self, pool: Pool) -> bool:
-        """Tell whether processes that share have regions that are due."""
-        now = time.monotonic()
-        return any((t.regions.rows["due"] <= now).any() for t in self._targets.pool(pool))
+    def _read_later(self, target: Target) -> None:
+        if target.mapped < math.inf:
+            heapq.heappush(self._to_read, (target.mapped, target.process))
 
-    def state(self) -> QueueState:
-        """Count the queue."""
-        now = time.monotonic()
-        tables = [target.regions.rows["due"] for target in self._targets]
-        return QueueState(
-            regions=sum(map(len, tables)),
-            due=sum(int(np.count_nonzero(table <= now)) for table in tables),
-            dropped=sum(self._dropped.values()),
-        )
-
-    def _queue_newcomers(self) -> None:
-        if len(self._turns) != len(self._targets):
-            known = {id(target) for target in self._turns}
-            self._turns.extend(t for t in self._targets if id(t) not in known)
-            alive = {target.process for target in self._targets}
-            for process in self._mapping_intervals.keys() - alive:
-                self._mapping_intervals.pop(process)
-                self._dropped.pop(process, None)
-
-    def _read_mappings(self, target: Target, now: float) -> bool:
-        """Learn of regions that came and went, if it is time; False: the target is none now."""
-        if now < target.mapped:
-            return True
+    def _read_mappings(self, tracked: _Tracked, now: float) -> None:
+        target = tracked.target
         try:
             numbers = region_numbers(self._procfs.mappings(target.process.pid))
         except ProcessGone:
             self._targets.forget(target)
-            return False
+            target.mapped = math.inf
+            return
         except PermissionDenied as denied:
             log.info("scan: process %d is left alone: %s", target.process.pid, denied.message)
             self._targets.refuse(target)
-            return False
-        self._dropped[target.process] = max(0, len(numbers) - MAX_REGIONS)
-        changed = target.regions.replace(numbers[:MAX_REGIONS])
-        interval = self._mapping_intervals.get(target.process, MAPPINGS_SECONDS / 2)
-        interval = MAPPINGS_SECONDS if changed else min(interval * 2, MAPPINGS_MAX_SECONDS)
-        self._mapping_intervals[target.process] = interval
-        target.mapped = now + interval
-        return True
+            target.mapped = math.inf
+            return
+        tracked.dropped = max(0, len(numbers) - MAX_REGIONS)
+        changed = target.regions.replace(numbers[:MAX_REGIONS], now)
+        doubled = min(tracked.interval * 2, MAPPINGS_MAX_SECONDS)
+        tracked.interval = MAPPINGS_SECONDS if changed else doubled
+        target.mapped = now + tracked.interval
+
+    # --- what is due ----------------------------------------------------------------------------
+
+    def next(self, ready: Callable[[Target], bool]) -> Slice | None:
+        """Return the next slice that is due, of a target that is `ready`; None: nothing is."""
+        for _ in range(2):
+            if self._plan is None or not len(self._plan) or time.monotonic() >= self._plan_ends:
+                self._plan = self._make_plan(ready)
+            while len(self._plan):
+                work = self._plan.next()
+                if work and work.target in self._targets and ready(work.target):
+                    return work
+            if self._plan_ends > time.monotonic():
+                break
+        return None
+
+    def _make_plan(self, ready: Callable[[Target], bool]) -> Plan:
+        now = time.monotonic()
+        due = [
+            tracked.target
+            for tracked in self._tracked.values()
+            if tracked.regions.next_due <= now
+            and tracked.target in self._targets
+            and ready(tracked.target)
+        ]
+        siblings = [self._siblings[target.pool] for target in due]
+        plan = Plan(due, siblings, self.success, self.costs, now)
+        took = time.monotonic() - now
+        self._plan_ends = now + max(_PLAN_SECONDS, took * _PLAN_FACTOR)
+        return plan
+
+    def learn(self, work: Slice, seen: Look, cpu_seconds: float) -> None:
+        """Let what a look has seen, and cost, change what is expected of others."""
+        self.costs.learn(cpu_seconds, work.count, seen.sampled, seen.checksummed)
+        self.success.learn(seen.deepened, seen.settled, 0)
+        rows = work.target.regions.rows[work.first : work.first + work.count]
+        told = rows[(rows["looks"] > 1) | (rows["merged"] > 0)]
+        if len(told):
+            self._siblings[work.target.pool].learn(told["number"], told["pages"], told["merged"])
+
+    def due_in(self, pool: Pool) -> bool:
+        """Tell whether processes that share have regions that are due."""
+        now = time.monotonic()
+        return any(target.regions.next_due <= now for target in self._targets.pool(pool))
+
+    def wait_seconds(self, now: float, wait_of: Callable[[str], float]) -> float:
+        """Return how long nothing is due; `wait_of` tells how long a policy has to wait."""
+        waits = {policy.name: wait_of(policy.name) for policy in self._targets.policies.policies}
+        first = math.inf
+        for tracked in self._tracked.values():
+            due = min(tracked.regions.next_due, tracked.target.mapped)
+            if due < first and tracked.target in self._targets:
+                first = min(first, max(due, now + waits.get(tracked.target.policy.name, 0.0)))
+        return max(0.0, first - now)
+
+    # --- hints ----------------------------------------------------------------------------------
+
+    def take_hints(self, hints: Iterable[Hint]) -> None:
+        """Let page faults say which regions to look at sooner, and which later.
+
+        New memory is looked at once it has been quiet for `settle`; where sharing breaks, after
+        twice as long. Each hint is counted once: "region" (it has moved a look), "mapping" (the
+        target's mappings are read again soon), or why it is of no use: "process", "late".
+        """
+        now = time.monotonic()
+        moved: dict[ProcessId, Target] = {}
+        for hint in hints:
+            tracked = self._tracked.get(hint.process)
+            if tracked is None or tracked.target not in self._targets:
+                self._hints["process"] += 1
+                continue
+            target = tracked.target
+            row = target.regions.find(hint.address >> REGION_SHIFT)
+            if row is None:
+                if target.mapped > now + MAPPINGS_HINT_SECONDS:
+                    target.mapped = now + MAPPINGS_HINT_SECONDS
+                    self._read_later(target)
+                self._hints["mapping"] += 1
+            elif target.regions.hint(row, now, target.policy.settle_seconds, _breaks(hint)):
+                moved[hint.process] = target
+                self._hints["region"] += 1
+            else:
+                self._hints["late"] += 1
+        for target in moved.values():
+            target.regions.schedule(now, target.policy.settle_seconds)
+
+    def state(self) -> QueueState:
+        """Count the queue."""
+        now = time.monotonic()
+        first, due, regions = math.inf, 0, 0
+        for tracked in self._tracked.values():
+            table = tracked.regions
+            regions += len(table.rows)
+            if table.next_due <= now:
+                times = table.rows["due"][table.rows["due"] <= now]
+                due += len(times)
+                first = min(first, float(times[times > 0].min(initial=math.inf)))
+        return QueueState(
+            regions=regions,
+            due=due,
+            dropped=sum(tracked.dropped for tracked in self._tracked.values()),
+            overdue_seconds=max(0.0, now - first),
+            hints=dict(self._hints),
+            cost_seconds=vars(self.costs).copy(),
+        )
+
+
+def _breaks(hint: Hint) -> bool:
+    return hint.write_protect_faults > hint.first_touches
+
+
+def _grown_up(target: Target) -> float:
+    """Return when a process is old enough to be scanned, as time.monotonic() has it."""
+    ticks_per_second = os.sysconf("SC_CLK_TCK")
+    born = target.process.start_time_ticks / ticks_per_second
+    age = time.clock_gettime(time.CLOCK_BOOTTIME) - born
+    return time.monotonic() + min(target.policy.settle_seconds, YOUNG_SECONDS) - age
 
 
 def region_numbers(mappings: Sequence[Mapping]) -> Array:
@@ -177,44 +288,44 @@ def region_numbers(mappings: Sequence[Mapping]) -> Array:
     return np.unique(np.concatenate([np.zeros(0, dtype=np.int64), *parts])).astype(np.uint64)
 
 
-def look(module: Module, work: Slice, max_mappings: int) -> Look:
-    """Checksum all pages of a slice in full, and remember what was seen.
+def look(module: Module, work: Slice, max_mappings: int, everything: bool = False) -> Look:
+    """Have the kernel look at a slice, in one request, and remember what was seen.
 
-    Raises what Module.checksum() raises.
+    Read in full are pages that have a partner, or all, where the slice goes straight; of the
+    others a sample is taken, if that is due. Merged pages are only counted. With `everything` all
+    are read in full. Raises what Module.checksum() raises.
     """
-    target, rows = work.target, work.target.regions.rows
-    address = int(rows["number"][work.first]) << REGION_SHIFT
+    target, regions, policy = work.target, work.target.regions, work.target.policy
+    now = time.monotonic()
+    address = int(regions.rows["number"][work.first]) << REGION_SHIFT
+    full: Array | None = None
+    if everything:
+        depth_bytes = DEPTH_FULL_BYTES
+    elif work.straight:
+        full = np.zeros(work.count * REGION_PAGES, dtype=np.bool_)
+        depth_bytes = DEPTH_FULL_BYTES
+    else:
+        full = regions.wanted_in_full(work.first, work.count, now, policy.settle_seconds)
+        depth_bytes = DEPTH_SAMPLE_BYTES if work.sampled else 0
     records = blank_records(work.count)
     for run in module.checksum(
         target.process,
         address,
         work.count * REGION_PAGES,
-        undumpable=target.policy.include_undumpable,
+        depth_bytes=depth_bytes,
+        undumpable=policy.include_undumpable,
+        full=full,
     ):
         start = (run.address - address) // PAGE_BYTES
         records[start : start + len(run.records)] = run.records
-    policy = target.policy
-    return target.regions.look(
+    return regions.look(
         work.first,
         work.count,
         records,
-        time.monotonic(),
+        now,
         policy.settle_seconds,
         max_mappings,
         Wanted(huge=policy.rules.split_percent is not None, zero=policy.zero_pages),
+        full=None if work.straight or everything else full,
+        sampled=work.sampled,
     )
-
-
-def _first_due(target: Target, now: float) -> Slice | None:
-    """Return the neighbours that are due from the one on that has waited longest."""
-    rows = target.regions.rows
-    if not len(rows):
-        return None
-    first = int(np.argmin(rows["due"]))
-    if rows["due"][first] > now:
-        return None
-    following = rows[first : first + SLICE_REGIONS]
-    next_number = rows["number"][first] + np.arange(len(following), dtype=np.uint64)
-    fit = (following["due"] <= now) & (following["number"] == next_number)
-    count = len(fit) if fit.all() else int(np.argmin(fit))
-    return Slice(target, first, count)

@@ -13,9 +13,10 @@ from typing import Any
 import numpy as np
 
 from mergemem_agent.contract import GROUP_ZERO
-from mergemem_agent.index import NOMINATED
 from mergemem_agent.merge import Request, request_for
-from mergemem_agent.region import HUGE, SETTLED, ZERO, Regions, map_count_of, page_of
+from mergemem_agent.nominated import NOMINATED
+from mergemem_agent.region import Regions
+from mergemem_agent.word import HUGE, SETTLED, ZERO, map_count_of, page_of
 
 Array = np.ndarray[Any, np.dtype[Any]]
 

@@ -16,10 +16,12 @@ from mergemem_agent import huge, index
 from mergemem_agent.contract import GROUP_ZERO, RECORD, Result, State
 from mergemem_agent.huge import HugeTally, needed_pages
 from mergemem_agent.info import Limits
+from mergemem_agent.look import Wanted
 from mergemem_agent.merge import Request, split_folios
 from mergemem_agent.policy import MergeRules
-from mergemem_agent.region import HUGE, MERGED, REGION_PAGES, SETTLED, Regions, Wanted
+from mergemem_agent.region import REGION_PAGES, Regions
 from mergemem_agent.search import search
+from mergemem_agent.word import HUGE, MERGED, SETTLED
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
@@ -105,8 +107,12 @@ def test_more_siblings_than_one_request_can_hold() -> None:
         assert min(pages_of(request).values()) >= needed_pages(25, 9)
         # As the results would have it.
         for row in request.nominated:
-            processes[row["process"]].mark(
-                int(row["number"]), np.array([row["page"]]), MERGED | SETTLED, HUGE
+            regions = processes[row["process"]]
+            regions.mark(
+                regions.find(int(row["number"])) or 0,
+                np.array([row["page"]]),
+                MERGED | SETTLED,
+                HUGE,
             )
     assert set(seen) == {(process, 5, 0) for process in range(40)}
 
@@ -173,7 +179,7 @@ def test_without_split_no_huge_page_is_nominated() -> None:
 def test_what_was_split_is_left_alone_for_a_while() -> None:
     processes = [settled({5: Block(SAME)}) for _ in range(2)]
     for regions in processes:
-        regions.split(5, 1000.0)
+        regions.rows["split"] = 1000.0
     assert not list(HugeTally(processes, 1001.0)._gain)
     assert HugeTally(processes, 1000.0 + huge.SPLIT_REST_SECONDS + 1)
 

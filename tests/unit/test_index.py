@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 
 from mergemem_agent import index
 from mergemem_agent.contract import RECORD, State
-from mergemem_agent.region import FULL, MERGED, REGION_PAGES, SETTLED, Regions
+from mergemem_agent.region import REGION_PAGES, Regions
+from mergemem_agent.word import FULL, MERGED, SETTLED
 
 MAX_MAPPINGS = 100
 Place = tuple[int, int, int]  # process, region, page
@@ -45,7 +46,7 @@ def regions_of(pages: dict[tuple[int, int], Page]) -> Regions:
                     unsettled.append(position)
         regions.look(row, 1, records, 100.0, 10.0, MAX_MAPPINGS)
         regions.look(row, 1, records, 110.0, 10.0, MAX_MAPPINGS)
-        regions.mark(number, np.array(unsettled), 0, SETTLED)
+        regions.mark(row, np.array(unsettled), 0, SETTLED)
     return regions
 
 
@@ -137,7 +138,7 @@ def test_what_is_marked_between_two_nominations_is_seen() -> None:
     regions = regions_of({(1, p): Page(c, 1, State.ANON, True) for p, c in contents.items()})
     arrays = index.nominate([regions])
     first = next(arrays)
-    regions.mark(1, np.arange(512), 0, SETTLED)
+    regions.mark(0, np.arange(512), 0, SETTLED)
     assert len(first)
     assert list(arrays) == []
 
@@ -170,10 +171,23 @@ def test_a_full_frame_is_no_anchor() -> None:
         {(1, 0): Page(1, 2, State.MERGED, True), (1, 1): Page(1, 1, State.ANON, True)}
     )
     assert nominated_groups([regions])
-    regions.mark(1, np.array([0]), FULL | MERGED, 0)
+    regions.mark(0, np.array([0]), FULL | MERGED, 0)
     assert not nominated_groups([regions])
 
 
 def test_nothing_comes_of_nothing() -> None:
     assert nominated_groups([]) == []
     assert nominated_groups([Regions(), Regions()]) == []
+
+
+def test_merged_pages_that_nobody_has_read_are_nobody_s_partners() -> None:
+    regions = Regions()
+    regions.replace(np.array([1], dtype=np.uint64))
+    records = np.zeros(REGION_PAGES, dtype=RECORD)
+    records[:10] = (0, 2, State.MERGED, 0)
+    records[10] = (1, 1, State.ANON, 0)  # its sample is 0, as theirs seem to be
+    regions.look(0, 1, records, 1.0, 10.0, MAX_MAPPINGS, full=np.zeros(REGION_PAGES, bool))
+    marked: list[int] = []
+    found = index.nominate([regions], marker=lambda words, _: marked.append(len(words)))
+    assert list(found) == []
+    assert marked == []

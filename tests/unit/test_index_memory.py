@@ -8,8 +8,9 @@ import pytest
 
 from mergemem_agent.contract import RECORD, State
 from mergemem_agent.info import Limits
+from mergemem_agent.look import Wanted
 from mergemem_agent.policy import MergeRules
-from mergemem_agent.region import REGION_PAGES, Regions, Wanted
+from mergemem_agent.region import REGION_PAGES, Regions
 from mergemem_agent.search import search
 from tests.bench.index_memory import measure
 

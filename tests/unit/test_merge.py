@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mergemem_agent.contract import Result
-from mergemem_agent.index import NOMINATED
 from mergemem_agent.merge import Request, freed_frames, requests
+from mergemem_agent.nominated import NOMINATED
 
 Array = np.ndarray[Any, np.dtype[Any]]
 

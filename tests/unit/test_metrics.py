@@ -37,7 +37,7 @@ SNAPSHOT = Snapshot(
     pid=4711,
     taken_at=1.7e9,
     counts=Counts(
-        policies={"web": PolicyCounts(100, 90, 80, 1.5, 11, 12, 13)},
+        policies={"web": PolicyCounts(100, 60, 30, 80, 4, 1.5, 11, 12, 13)},
         nominated=Counter({"user+cgroup": 70}),
         results=Counter({Result.SUCCESS: 60, Result.NOTEQUAL: 10}),
         freed_pages=45,
@@ -82,7 +82,7 @@ def test_values(server: MetricsServer) -> None:
     expected = {
         "mergemem_module_loaded": 1,
         "mergemem_scanned_pages_total{'policy': 'web'}": 100,
-        "mergemem_checksummed_pages_total{'policy': 'web'}": 90,
+        "mergemem_checksummed_pages_total{'policy': 'web'}": 30,
         "mergemem_nominated_pages_total{'domain': 'user+cgroup'}": 70,
         "mergemem_merged_pages_total{'result': 'success'}": 60,
         "mergemem_merged_pages_total{'result': 'alone'}": 0,
@@ -127,7 +127,7 @@ def test_promtool_accepts_them(server: MetricsServer) -> None:
 
 def test_labels_never_name_a_process() -> None:
     assert {label for metric in METRICS for label in metric.labels} <= {
-        "policy", "domain", "result", "stage", "mode", "resource", "version",
+        "policy", "domain", "result", "stage", "outcome", "part", "mode", "resource", "version",
         "contract_version",
     }  # fmt: skip
 

@@ -11,22 +11,15 @@ import numpy as np
 from mergemem_agent import outcome
 from mergemem_agent.contract import GROUP_ZERO, RECORD, Result, State
 from mergemem_agent.counts import Counts
-from mergemem_agent.index import NOMINATED
+from mergemem_agent.look import Wanted
 from mergemem_agent.merge import Request, request_for
+from mergemem_agent.nominated import NOMINATED
 from mergemem_agent.policy import Policy, Selector
 from mergemem_agent.procfs import ProcessId
-from mergemem_agent.region import (
-    FULL,
-    HUGE,
-    MERGED,
-    REGION_PAGES,
-    SETTLED,
-    ZERO,
-    Regions,
-    Wanted,
-    page_of,
-)
+from mergemem_agent.region import REGION_PAGES, Regions
+from mergemem_agent.schedule import REVISIT
 from mergemem_agent.targets import Target
+from mergemem_agent.word import DEEP, FLAGS, FULL, HUGE, MERGED, PARTNER, SETTLED, ZERO, page_of
 
 NUMBER = 7  # of the one region that each process has
 POLICY = Policy("web", Selector())
@@ -47,7 +40,9 @@ def target(pid: int, huge: Sequence[int] = (), zero: Sequence[int] = ()) -> Targ
 
 def flags(of: Target) -> dict[int, int]:
     words = np.frombuffer(of.regions.words[0], dtype=np.uint64)
-    return dict(zip(page_of(words).tolist(), (words & np.uint64(31)).tolist(), strict=True))
+    return dict(
+        zip(page_of(words).tolist(), (words & np.uint64(FLAGS & ~DEEP)).tolist(), strict=True)
+    )
 
 
 def request(*pages: tuple[int, int, bool, int, int], split_percent: int | None = None) -> Request:
@@ -77,10 +72,10 @@ def test_each_result_leaves_its_mark() -> None:
         ),
     )  # fmt: skip
     assert {page: flags(targets[0])[page] for page in range(4)} == {
-        0: MERGED | SETTLED, 1: 0, 2: MERGED | SETTLED | FULL, 3: SETTLED,
+        0: MERGED | SETTLED, 1: PARTNER, 2: MERGED | SETTLED | FULL, 3: SETTLED,
     }  # fmt: skip
     assert {page: flags(targets[1])[page] for page in range(4)} == {
-        0: MERGED | SETTLED, 1: 0, 2: SETTLED, 3: SETTLED,
+        0: MERGED | SETTLED, 1: PARTNER, 2: SETTLED, 3: SETTLED,
     }  # fmt: skip
 
 
@@ -95,7 +90,39 @@ def test_figures_have_what_was_merged_at_once() -> None:
     for each in targets:
         row = each.regions.rows[0]
         assert (row["merged"], row["saved_bytes"]) == (1, 2048.0)
-        assert row["due"] <= time.monotonic() + POLICY.settle_seconds
+        assert row["due"] <= time.monotonic() + REVISIT * POLICY.settle_seconds
+
+
+def test_a_merge_ends_the_back_off() -> None:
+    targets = [target(1), target(2)]
+    for each in targets:
+        rows = each.regions.rows
+        rows["interval"], rows["sample"], rows["due"] = 1000.0, 1e9, 1e9
+    asked = request((0, 0, False, 0, 0), (1, 0, False, 0, 0))
+    outcome.remember(targets, asked, results(Result.SUCCESS, Result.NOTEQUAL))
+    assert [each.regions.rows["interval"][0] for each in targets] == [40.0, 1000.0]
+    assert targets[0].regions.rows["due"][0] < time.monotonic() + 50
+    assert targets[1].regions.rows["due"][0] == 1e9
+
+
+def test_regions_that_are_gone_are_left_out() -> None:
+    targets = [target(1), target(2)]
+    targets[0].regions.replace(np.array([NUMBER + 1], dtype=np.uint64))
+    targets[1].regions.replace(np.zeros(0, dtype=np.uint64))
+    asked = request((0, 0, False, 0, 0), (1, 0, False, 0, 0))
+    outcome.remember(targets, asked, results(Result.SUCCESS, Result.SUCCESS))
+    assert targets[0].regions.pages == targets[1].regions.pages == 0
+
+
+def test_an_anchor_that_nobody_is_equal_to_is_read_again() -> None:
+    targets = [target(1), target(2)]
+    asked = request(
+        (0, 0, True, 0, 0), (1, 0, False, 0, 0), (0, 1, True, 1, 0), (1, 1, False, 1, 0)
+    )
+    got = results(Result.ALREADYSH, Result.NOTEQUAL, Result.ALREADYSH, Result.SUCCESS)
+    outcome.remember(targets, asked, got)
+    assert flags(targets[0])[0] == MERGED | PARTNER
+    assert flags(targets[0])[1] == MERGED | SETTLED
 
 
 def test_a_split_huge_page_is_small_and_is_remembered() -> None:
@@ -121,6 +148,6 @@ def test_a_huge_page_that_stays_whole_has_cost_nothing() -> None:
     outcome.remember(targets, asked, got)
     counts = Counts()
     outcome.count(counts, targets, asked, got)
-    assert flags(targets[0])[0] == HUGE
+    assert flags(targets[0])[0] == HUGE | PARTNER
     assert targets[0].regions.rows["split"][0] == 0
     assert (counts.split_freed_pages, counts.policies["web"].split_folios) == (0, 0)

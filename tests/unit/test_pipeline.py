@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 
 from mergemem_agent.budget import Budget
-from mergemem_agent.contract import GROUP_ZERO, RECORD, RESULT, Result, State
+from mergemem_agent.contract import DEPTH_FULL_BYTES, GROUP_ZERO, RECORD, RESULT, Result, State
 from mergemem_agent.info import Limits
 from mergemem_agent.module import AccessDenied, Module, ModuleMissing, Run
 from mergemem_agent.pipeline import Pipeline
@@ -44,6 +44,12 @@ FOLIO_ORDER = 8
 FOLIO_PAGES = 1 << FOLIO_ORDER
 
 
+def mixed(content: int) -> int:
+    """Return 64 well-mixed bits of a page's content, never 0."""
+    value = (content + 2) * 0x9E37_79B9_7F4A_7C15 % 2**64
+    return (value ^ value >> 29) * 0xBF58_476D_1CE4_E5B9 % 2**64 | 1 << 40
+
+
 class ModelModule:
     """Answers CHECKSUM and MERGE as uapi/mergemem.h says, for pages that exist here only."""
 
@@ -56,6 +62,8 @@ class ModelModule:
         self.folios: set[ProcessId] = set()  # whose first pages are a large folio
         self.zeroed: set[tuple[ProcessId, int]] = set()
         self.requests = 0
+        self.read: Counter[int] = Counter()  # pages, by how many bytes of them were read
+        self.same_samples = 1
         self.asked: list[dict[str, object]] = []  # what requests said beside their candidates
         self.answer: Result | None = None  # to all candidates, in place of merging
         self._frames = 0
@@ -79,7 +87,15 @@ class ModelModule:
     def frames(self) -> int:
         return len(self.map_counts())
 
-    def checksum(self, process: ProcessId, address: int, pages: int, **_: object) -> Iterator[Run]:
+    def checksum(
+        self,
+        process: ProcessId,
+        address: int,
+        pages: int,
+        depth_bytes: int = DEPTH_FULL_BYTES,
+        undumpable: bool = False,  # noqa: ARG002
+        full: Array | None = None,
+    ) -> Iterator[Run]:
         base, counts = self.base.get(process, 0), self.map_counts()
         if not address <= base < address + pages * 4096:
             return
@@ -95,9 +111,28 @@ class ModelModule:
                 state = State.ZERO
             elif order:
                 state = State.HUGE
-            checksum = (self.content[process, page] + 2) * 0x9E37_79B9_7F4A_7C15 % 2**64
-            records[page] = (checksum, counts[frame], state, order)
+            depth = depth_bytes
+            if full is not None:
+                in_full = full[(base - address) // 4096 + page]
+                depth = 4096 if in_full else 0 if state == State.MERGED else depth
+            if state == State.ZERO_PAGE:
+                depth = 0
+            if state == State.ZERO and not depth:
+                state = State.HUGE if order else State.ANON
+            self.read[depth] += 1
+            records[page] = (
+                self._checksum(self.content[process, page], depth),
+                counts[frame],
+                state,
+                order,
+            )
         yield Run(base, records, 0)
+
+    def _checksum(self, content: int, depth_bytes: int) -> int:
+        """Return what CHECKSUM tells of a page; same_samples of neighbours look equal by sample."""
+        sample = mixed(content // self.same_samples) >> 32 << 32
+        whole = mixed(content) & 0xFFFF_FFFF
+        return sample | whole if depth_bytes == DEPTH_FULL_BYTES else sample if depth_bytes else 0
 
     def _in_folio(self, process: ProcessId, page: int) -> bool:
         return process in self.folios and page < FOLIO_PAGES
@@ -258,10 +293,27 @@ def test_saved_bytes_agree_with_the_frames(scene: Scene) -> None:
 def test_one_look_is_not_enough(scene: Scene) -> None:
     settle_slowly = replace(scene.policy, settle_seconds=1000)
     scene.pipeline.change_policies(PolicySet(policies=(settle_slowly,)), Budget(100.0, {}))
+    counts = scene.pipeline.counts.policy("scene")
+    scene.until(lambda: counts.checksummed > 0)
     scene.rounds(3)
     assert scene.module.requests == 0
-    assert scene.pipeline.counts.policies["scene"].checksummed == PAGES * PROCESSES
-    assert scene.pipeline.counts.policies["scene"].settled == 0
+    assert (counts.sampled, counts.checksummed) == (PAGES * PROCESSES, SHARED * PROCESSES)
+    assert counts.settled == 0
+
+
+def test_only_what_has_a_partner_is_read_in_full_and_only_equals_twice(scene: Scene) -> None:
+    scene.module.same_samples = 4  # so that each page has a partner, by its sample
+    scene.until_frames(ALL_SHARED)
+    pages = PROCESSES * PAGES
+    assert scene.module.read[DEPTH_FULL_BYTES] == pages + PROCESSES * SHARED
+    scene.rounds(5)
+    assert scene.module.read[DEPTH_FULL_BYTES] == pages + PROCESSES * SHARED
+
+
+def test_what_is_unique_is_never_read_in_full(scene: Scene) -> None:
+    scene.until_frames(ALL_SHARED)
+    scene.rounds(5)
+    assert scene.module.read[DEPTH_FULL_BYTES] == 2 * PROCESSES * SHARED
 
 
 def test_a_page_that_is_written_to_joins_again_when_it_settles(scene: Scene) -> None:

@@ -7,29 +7,31 @@ import numpy as np
 import pytest
 
 from mergemem_agent.contract import RECORD, State
-from mergemem_agent.region import (
+from mergemem_agent.look import Wanted
+from mergemem_agent.region import REGION_PAGES, Look, Regions
+from mergemem_agent.schedule import MAX_INTERVAL_SECONDS, REVISIT
+from mergemem_agent.word import (
+    DEEP,
+    FLAGS,
     FULL,
     HUGE,
-    MAX_INTERVAL_SECONDS,
     MERGED,
-    REGION_PAGES,
+    PARTNER,
     SETTLED,
     ZERO,
-    Look,
-    Regions,
-    Wanted,
     map_count_of,
     page_of,
 )
 
 SETTLE = 10.0
+FIRST = REVISIT * SETTLE  # seconds from the first sample to the next
 
 
 def records(*pages: tuple[int, int, int, State], count: int = 1) -> np.ndarray[Any, np.dtype[Any]]:
     """Return records of `count` regions from (page, checksum, map count, state)."""
     result = np.zeros(count * REGION_PAGES, dtype=RECORD)
     for page, checksum, map_count, state in pages:
-        result[page] = (checksum << 22, map_count, state, 0)
+        result[page] = (checksum << 40, map_count, state, 0)
     return result
 
 
@@ -44,8 +46,11 @@ def look(known: Regions, now: float, *pages: tuple[int, int, int, State]) -> Loo
 
 
 def flags(known: Regions, row: int = 0) -> dict[int, int]:
+    """Return the flags of each page, but for DEEP: here all are read in full."""
     words = np.frombuffer(known.words[row], dtype=np.uint64)
-    return dict(zip(page_of(words).tolist(), (words & np.uint64(31)).tolist(), strict=True))
+    return dict(
+        zip(page_of(words).tolist(), (words & np.uint64(FLAGS & ~DEEP)).tolist(), strict=True)
+    )
 
 
 def test_a_page_settles_by_two_equal_looks_far_enough_apart() -> None:
@@ -137,14 +142,13 @@ def test_replace_keeps_what_stays() -> None:
     assert known.find(4) is None
 
 
-def test_mark_and_a_region_that_is_gone() -> None:
+def test_mark_pages_that_are_known() -> None:
     known = regions(1)
     look(known, 100.0, (7, 1, 1, State.ANON), (8, 1, 1, State.ANON))
-    known.mark(1, np.array([8, 9]), MERGED | SETTLED, 0)
+    known.mark(0, np.array([8, 9]), MERGED | SETTLED, 0)
     assert flags(known) == {7: 0, 8: MERGED | SETTLED}
-    known.mark(1, np.array([8]), 0, SETTLED)
+    known.mark(0, np.array([8]), 0, SETTLED)
     assert flags(known) == {7: 0, 8: MERGED}
-    known.mark(2, np.array([8]), SETTLED, 0)
 
 
 def intervals(known: Regions, contents: list[int]) -> list[float]:
@@ -160,25 +164,17 @@ def intervals(known: Regions, contents: list[int]) -> list[float]:
 
 def test_calm_regions_are_revisited_ever_more_rarely() -> None:
     found = intervals(regions(1), [1] * 12)
-    assert found[:4] == [SETTLE, 2 * SETTLE, 4 * SETTLE, 8 * SETTLE]
+    assert found[:4] == [FIRST, 2 * FIRST, 4 * FIRST, 8 * FIRST]
     assert found[-1] == MAX_INTERVAL_SECONDS
 
 
 def test_restless_regions_too() -> None:
-    assert intervals(regions(1), [1, 2, 3, 4]) == [SETTLE, 2 * SETTLE, 4 * SETTLE, 8 * SETTLE]
+    assert intervals(regions(1), [1, 2, 3, 4]) == [FIRST, 2 * FIRST, 4 * FIRST, 8 * FIRST]
 
 
-def test_a_change_after_calm_is_soon_confirmed() -> None:
+def test_a_change_after_calm_is_soon_looked_at() -> None:
     found = intervals(regions(1), [1, 1, 1, 2, 2, 2])
-    assert found == [SETTLE, 2 * SETTLE, 4 * SETTLE, SETTLE, 2 * SETTLE, 4 * SETTLE]
-
-
-def test_a_merge_ends_the_back_off() -> None:
-    known = regions(1)
-    intervals(known, [1] * 8)
-    known.revisit(1, 500.0, SETTLE)
-    assert known.rows["due"].tolist() == [500.0 + SETTLE]
-    assert known.rows["interval"].tolist() == [SETTLE]
+    assert found == [FIRST, 2 * FIRST, 4 * FIRST, FIRST, 2 * FIRST, 4 * FIRST]
 
 
 # --- huge pages and zeros ------------------------------------------------------------------------
@@ -238,10 +234,117 @@ def test_the_largest_folio_gives_the_order() -> None:
     assert known.rows["order"][0] == 6
 
 
-def test_merges_show_before_the_next_look() -> None:
+# --- samples, full checksums, and pages that are not read ----------------------------------------
+
+SAMPLED, IN_FULL, UNREAD = 0xFFFF_FFFF << 32, 0xFFFF_FFFF_FFFF_FFFF, 0
+CONTENT = 0x1234_5678_9ABC_DEF0
+
+
+def look_in_depth(
+    known: Regions, now: float, *pages: tuple[int, int, int, State], sampled: bool = True
+) -> Look:
+    """Look at pages given as (page, checksum, what of it is told, state)."""
+    seen = np.zeros(REGION_PAGES, dtype=RECORD)
+    full = np.zeros(REGION_PAGES, dtype=np.bool_)
+    for page, checksum, depth, state in pages:
+        seen[page], full[page] = (checksum & depth, 2, state, 0), depth == IN_FULL
+    return known.look(0, 1, seen, now, SETTLE, 100, ALL, full, sampled)
+
+
+def all_flags(known: Regions) -> dict[int, int]:
+    words = known.words_of(0)
+    return dict(zip(page_of(words).tolist(), (words & np.uint64(FLAGS)).tolist(), strict=True))
+
+
+def settled(state: State = State.ANON) -> Regions:
+    """Return a region whose page 7 was read in full twice."""
     known = regions(1)
-    known.merged(1, 3, 8192.0)
-    known.merged(2, 3, 8192.0)  # gone meanwhile
-    assert (known.rows["merged"][0], known.rows["saved_bytes"][0]) == (3, 8192.0)
-    look_at(known, 100.0, ALL)
-    assert (known.rows["merged"][0], known.rows["saved_bytes"][0]) == (0, 0)
+    for now in (100.0, 110.0):
+        look_in_depth(known, now, (7, CONTENT, IN_FULL, state))
+    return known
+
+
+def test_the_same_sample_leaves_what_is_known() -> None:
+    known = settled()
+    before = bytes(known.words[0])
+    seen = look_in_depth(known, 120.0, (7, CONTENT, SAMPLED, State.ANON))
+    assert bytes(known.words[0]) == before
+    assert (seen.sampled, seen.checksummed, seen.fresh, seen.settled) == (1, 0, 0, 0)
+
+
+def test_another_sample_is_another_page() -> None:
+    known = settled()
+    seen = look_in_depth(known, 120.0, (7, ~CONTENT, SAMPLED, State.ANON))
+    assert all_flags(known) == {7: 0}
+    assert seen.fresh == 1
+
+
+def test_the_same_sample_of_another_page_is_found_out_in_full() -> None:
+    known = settled()
+    seen = look_in_depth(known, 120.0, (7, CONTENT ^ 0xFFFF_FFFF, IN_FULL, State.ANON))
+    assert all_flags(known) == {7: DEEP}
+    assert (seen.fresh, seen.deepened, seen.settled) == (0, 1, 0)
+
+
+def test_a_page_that_is_not_read_is_as_it_was() -> None:
+    known = settled()
+    before = bytes(known.words[0])
+    look_in_depth(known, 120.0, (7, CONTENT, UNREAD, State.ANON), sampled=False)
+    assert bytes(known.words[0]) == before
+
+
+def test_a_page_that_was_never_read_brings_samples_forward() -> None:
+    known = settled()
+    due = known.rows["sample"][0]
+    look_in_depth(known, 120.0, (8, CONTENT, UNREAD, State.ANON), sampled=False)
+    assert all_flags(known) == {}
+    assert known.rows["sample"][0] == 120.0 + SETTLE < due
+
+
+def test_merged_pages_are_read_only_where_nobody_knows_them() -> None:
+    known = regions(1)
+    look_in_depth(known, 100.0, (7, CONTENT, UNREAD, State.MERGED))
+    assert all_flags(known) == {7: MERGED | PARTNER}
+    assert known.wanted_in_full(0, 1, 101.0, SETTLE).nonzero()[0].tolist() == [7]
+    seen = look_in_depth(known, 101.0, (7, CONTENT, IN_FULL, State.MERGED))
+    assert all_flags(known) == {7: MERGED | DEEP}
+    assert seen.fresh == 1
+    before = bytes(known.words[0])
+    look_in_depth(known, 102.0, (7, CONTENT, UNREAD, State.MERGED))
+    assert bytes(known.words[0]) == before
+    assert not known.wanted_in_full(0, 1, 103.0, SETTLE).any()
+
+
+def test_a_merged_page_that_was_written_to_is_broken_whatever_it_looks_like() -> None:
+    known = regions(1)
+    look_in_depth(known, 100.0, (7, CONTENT, IN_FULL, State.MERGED))
+    seen = look_in_depth(known, 200.0, (7, CONTENT, SAMPLED, State.ANON))
+    assert (seen.broken, seen.fresh) == (1, 1)
+    assert all_flags(known) == {7: 0}
+    assert known.rows["restless"][0] == 1
+
+
+def test_what_is_wanted_in_full_waits_for_settle_the_second_time() -> None:
+    known = regions(1)
+    look_in_depth(known, 100.0, (7, CONTENT, SAMPLED, State.ANON))
+    known.partners(np.array([0]), np.array([7]), np.array([False]))
+    known.schedule(100.0, SETTLE)
+    assert known.next_due == 100.0
+    assert known.wanted_in_full(0, 1, 100.0, SETTLE).nonzero()[0].tolist() == [7]
+    look_in_depth(known, 101.0, (7, CONTENT, IN_FULL, State.ANON), sampled=False)
+    assert not known.wanted_in_full(0, 1, 101.0, SETTLE).any()
+    known.partners(np.array([0]), np.array([7]), np.array([True]))
+    known.schedule(102.0, SETTLE)
+    assert known.next_due == 101.0 + SETTLE
+    assert not known.wanted_in_full(0, 1, 110.0, SETTLE).any()
+    assert known.wanted_in_full(0, 1, 111.0, SETTLE).nonzero()[0].tolist() == [7]
+
+
+def test_zeros_are_seen_twice_too() -> None:
+    known = regions(1)
+    look_in_depth(known, 100.0, (7, CONTENT, SAMPLED, State.ZERO))
+    assert known.next_due == 110.0
+    assert known.wanted_in_full(0, 1, 110.0, SETTLE).nonzero()[0].tolist() == [7]
+    seen = look_in_depth(known, 110.0, (7, CONTENT, IN_FULL, State.ZERO), sampled=False)
+    assert all_flags(known) == {7: ZERO | SETTLED}
+    assert seen.settled_zero == 1

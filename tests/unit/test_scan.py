@@ -11,15 +11,25 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 
+from mergemem_agent import scan
+from mergemem_agent.hint import Hint
+from mergemem_agent.order import SLICE_REGIONS
 from mergemem_agent.policy import Glob, Policy, PolicySet, Selector
-from mergemem_agent.procfs import Mapping, ProcFs
+from mergemem_agent.procfs import Mapping, ProcessId, ProcFs
 from mergemem_agent.region import REGION_BYTES
-from mergemem_agent.scan import SLICE_REGIONS, Hint, ScanQueue, region_numbers
+from mergemem_agent.scan import MAPPINGS_HINT_SECONDS, ScanQueue, region_numbers
+from mergemem_agent.schedule import MAX_HINTS
 from mergemem_agent.targets import Targets
 
 SLEEPER = os.path.realpath("/bin/sleep")
 SLEEPERS = PolicySet(policies=(Policy(name="sleepers", select=Selector(executable=Glob(SLEEPER))),))
 NOBODY = PolicySet()
+
+
+@pytest.fixture(autouse=True)
+def grown_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Scan processes however young they are; test_storm.py is about these."""
+    monkeypatch.setattr(scan, "YOUNG_SECONDS", 0.0)
 
 
 @pytest.fixture
@@ -43,6 +53,15 @@ def sync_until(targets: Targets, expected: set[int]) -> None:
         time.sleep(0.1)
         targets.sync()
     assert expected <= pids(targets)
+
+
+def queue_of(targets: Targets) -> ScanQueue:
+    """Return a queue that knows the mappings of all targets."""
+    queue = ScanQueue(targets, ProcFs())
+    queue.follow()
+    while queue.read_mappings(lambda _: True):
+        pass
+    return queue
 
 
 def mapping(start: int, end: int, permissions: str = "rw-p", inode: int = 0) -> Mapping:
@@ -125,22 +144,19 @@ def test_a_refused_process_is_left_alone(sleepers: list[subprocess.Popen[bytes]]
     assert sleepers[0].pid not in pids(targets)
 
 
-def test_every_region_comes_once_and_targets_take_turns(
+def test_every_region_comes_once(
     sleepers: list[subprocess.Popen[bytes]],
 ) -> None:
     targets = Targets(SLEEPERS, ProcFs())
     sync_until(targets, {process.pid for process in sleepers})
-    queue = ScanQueue(targets, ProcFs())
+    queue = queue_of(targets)
     handed_out: dict[int, list[int]] = {target.process.pid: [] for target in targets}
-    turns = []
     while work := queue.next(lambda _: True):
         rows = work.target.regions.rows[work.first : work.first + work.count]
         assert 1 <= work.count <= SLICE_REGIONS
         assert (np.diff(rows["number"].astype(int)) == 1).all()
         handed_out[work.target.process.pid] += rows["number"].tolist()
-        turns.append(work.target.process.pid)
-        rows["due"] = time.monotonic() + 1000
-    assert set(turns[: len(handed_out)]) == set(handed_out)
+        rows["due"] = rows["sample"] = time.monotonic() + 1000
     for target in targets:
         expected = region_numbers(ProcFs().mappings(target.process.pid)).tolist()
         assert sorted(handed_out[target.process.pid]) == expected
@@ -151,7 +167,7 @@ def test_every_region_comes_once_and_targets_take_turns(
 def test_targets_without_budget_wait(sleepers: list[subprocess.Popen[bytes]]) -> None:
     targets = Targets(SLEEPERS, ProcFs())
     sync_until(targets, {process.pid for process in sleepers})
-    queue = ScanQueue(targets, ProcFs())
+    queue = queue_of(targets)
     assert queue.next(lambda _: False) is None
     only = sleepers[1].pid
     work = queue.next(lambda target: target.process.pid == only)
@@ -167,10 +183,11 @@ def test_a_process_that_ends_in_the_queue_is_dropped(
     for process in sleepers:
         process.kill()
         process.wait()
-    queue = ScanQueue(targets, ProcFs())
+    queue = queue_of(targets)
     mine = {process.pid for process in sleepers}
-    assert queue.next(lambda target: target.process.pid in mine) is None
     assert not mine & pids(targets)
+    assert queue.next(lambda target: target.process.pid in mine) is None
+    assert {regions.rows.size for regions in queue.follow()} == {0}
 
 
 def test_hints_bring_a_region_forward_or_put_it_off(
@@ -178,18 +195,37 @@ def test_hints_bring_a_region_forward_or_put_it_off(
 ) -> None:
     targets = Targets(SLEEPERS, ProcFs())
     sync_until(targets, {sleepers[0].pid})
-    queue = ScanQueue(targets, ProcFs())
+    queue = queue_of(targets)
     work = queue.next(lambda target: target.process.pid == sleepers[0].pid)
     assert work is not None
     rows = work.target.regions.rows
     process, address = work.target.process, int(rows["number"][0]) * REGION_BYTES
     now = time.monotonic()
-    rows["due"][0] = now + 1000
+    rows["sample"] = rows["due"] = now + 1000
     queue.take_hints([Hint(process, address, first_touches=100, write_protect_faults=0)])
     assert now + 9 < rows["due"][0] < now + 100
     queue.take_hints([Hint(process, address, first_touches=0, write_protect_faults=100)])
     assert now + 19 < rows["due"][0] < now + 100
+    # Nobody knows of memory there: so the mappings are read again soon.
     queue.take_hints([Hint(process, 0, first_touches=1, write_protect_faults=0)])
+    assert work.target.mapped <= time.monotonic() + MAPPINGS_HINT_SECONDS
+    queue.take_hints([Hint(ProcessId(1, 1), 0, first_touches=1, write_protect_faults=0)])
+    assert queue.state().hints == {"region": 2, "mapping": 1, "process": 1}
+
+
+def test_hints_do_not_put_off_a_region_for_ever(sleepers: list[subprocess.Popen[bytes]]) -> None:
+    targets = Targets(SLEEPERS, ProcFs())
+    sync_until(targets, {sleepers[0].pid})
+    queue = queue_of(targets)
+    work = queue.next(lambda target: target.process.pid == sleepers[0].pid)
+    assert work is not None
+    rows = work.target.regions.rows
+    hint = Hint(work.target.process, int(rows["number"][0]) * REGION_BYTES, 1, 0)
+    queue.take_hints([hint] * MAX_HINTS)
+    before = float(rows["due"][0])
+    queue.take_hints([hint, hint])
+    assert rows["due"][0] == before
+    assert queue.state().hints == {"region": MAX_HINTS, "late": 2}
 
 
 def test_regions_of_mappings() -> None:

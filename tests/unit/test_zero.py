@@ -7,7 +7,9 @@ import numpy as np
 import pytest
 
 from mergemem_agent.contract import GROUP_ZERO, RECORD, State
-from mergemem_agent.region import REGION_PAGES, SETTLED, Regions, Wanted
+from mergemem_agent.look import Wanted
+from mergemem_agent.region import REGION_PAGES, Regions
+from mergemem_agent.word import SETTLED
 from mergemem_agent.zero import zero_requests
 
 
@@ -26,7 +28,7 @@ def zeros(numbers: list[int], pages: int, order: int = 0) -> Regions:
 
 def test_only_settled_small_pages_are_sent() -> None:
     unsettled = zeros([4], 10)
-    unsettled.mark(4, np.arange(3), 0, SETTLED)
+    unsettled.mark(0, np.arange(3), 0, SETTLED)
     (request,) = zero_requests([unsettled, zeros([5], 10, order=9), zeros([6], 2)], 100, 8)
     assert request.processes == (0, 2)
     assert set(request.candidates["group"].tolist()) == {GROUP_ZERO}

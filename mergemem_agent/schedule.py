@@ -1,0 +1,147 @@
+# SPDX-License-Identifier: MIT
+"""When a region is looked at next, and how: the inner half of the scan's control loop.
+
+A look does two things, each when it is due: it takes samples of all pages, and it reads those pages
+in full that have a partner.
+
+    samples      `REVISIT` times `settle` after the first, then each time after twice as long, up to
+                 MAX_INTERVAL_SECONDS, whether the region never changes or changes always: neither
+                 yields anything. A change after calm, and a merge, start over.
+    full, first  at once, when the search has found a partner
+    full, second `settle` after the first
+    zeros        the second sight `settle` after the first
+
+A region whose merges break gets a longer `settle`: twice as long each time that a look finds more
+than BREAKAGE of its merged pages written to, up to 16 times; a look that finds less takes a quarter
+of such a step back.
+
+    restless = min(4, restless + 1)  or  max(0, restless - 1/4)
+    settle of the region = settle * 2 ** ceil(restless)
+"""
+
+from __future__ import annotations
+
+from typing import Any, Final
+
+import numpy as np
+
+from mergemem_agent.word import DEEP, MERGED, PARTNER, SETTLED, ZERO
+
+Array = np.ndarray[Any, np.dtype[Any]]
+
+# A region is never left alone for longer, whatever the yield.
+MAX_INTERVAL_SECONDS: Final = 1800.0
+
+_MIN_INTERVAL_SECONDS: Final = 0.05
+
+REVISIT: Final = 4.0
+BREAKAGE: Final = 0.05
+_MOST_RESTLESS: Final = 4.0
+_CALMER: Final = 0.25
+
+# Hints put off a region this often, at most, before it is looked at.
+MAX_HINTS: Final = 6
+
+# How much of the average of news is forgotten with each look.
+_NEWS_DECAY: Final = 0.5
+
+# Timers and clocks round: a look that was due after 10 s may come after 9.9999 s.
+CLOCK_TOLERANCE: Final = 0.999
+
+_U64 = np.uint64
+_NEVER: Final = np.inf
+
+
+def settle_of(rows: Array, settle: float) -> Array:
+    """Return how long pages of each region have to stay the same, in seconds."""
+    longer: Array = settle * np.exp2(np.ceil(rows["restless"].astype(np.float64)))
+    return longer
+
+
+def apart(rows: Array, now: float, settle: float) -> Array:
+    """Return for each region whether its full checksums, and its zeros, are `settle` old.
+
+    An array of bool of two columns.
+    """
+    before = now - settle_of(rows, settle) * CLOCK_TOLERANCE
+    told = np.maximum(rows["read"], rows["sampled"])
+    return np.stack([rows["read"] <= before, told <= before], axis=1)
+
+
+def after_look(
+    rows: Array,
+    changed: Array,
+    broken: Array,
+    merged_before: Array,
+    now: float,
+    settle: float,
+    sampled: bool,
+) -> None:
+    """Say when to look at each region next; the arguments count pages."""
+    often = broken > BREAKAGE * merged_before
+    calmer = np.maximum(rows["restless"] - _CALMER, 0)
+    calm = np.where(merged_before > 0, calmer, rows["restless"])
+    rows["restless"] = np.where(often, np.minimum(rows["restless"] + 1, _MOST_RESTLESS), calm)
+
+    own = settle_of(rows, settle)
+    if sampled:
+        new = rows["looks"] == 0
+        start_over = new | ((changed > 0) & ~rows["changed"])
+        least = np.maximum(own * REVISIT, _MIN_INTERVAL_SECONDS)
+        doubled = np.minimum(rows["interval"] * 2, np.maximum(MAX_INTERVAL_SECONDS, least))
+        rows["interval"] = np.where(start_over, least, np.maximum(doubled, least))
+        rows["changed"] = (changed > 0) | new
+        average = rows["news"] + (changed - rows["news"]) * _NEWS_DECAY
+        rows["news"] = np.where(new, changed, average)
+        rows["sampled"] = now
+        rows["sample"] = now + rows["interval"].astype(np.float64)
+        rows["hinted"] = 0
+    else:
+        # Pages that came meanwhile are worth a sample, unless they are zeros that nobody wants.
+        sooner = np.where(changed > rows["zero"], now + own, _NEVER)
+        rows["sample"] = np.minimum(rows["sample"], sooner)
+    rows["looks"] += 1
+    _set_due(rows, now, own)
+
+
+def after_hint(rows: Array, now: float, settle: float, breaks: bool) -> bool:
+    """Take samples of one region when it has been quiet for `settle`, twice that if it `breaks`.
+
+    Returns whether it was moved: it is MAX_HINTS times at most, so that it cannot be put off for
+    ever.
+    """
+    if rows["hinted"][0] >= MAX_HINTS:
+        return False
+    rows["hinted"] += 1
+    rows["sample"] = now + settle_of(rows, settle) * (2 if breaks else 1)
+    return True
+
+
+def after_search(rows: Array, now: float, settle: float) -> None:
+    """Say when to look at regions again, of which some pages may have got partners."""
+    _set_due(rows, now, settle_of(rows, settle))
+
+
+def after_merge(rows: Array, now: float, settle: float) -> None:
+    """Look at a region again soon, as its yield was good: back-off starts over."""
+    own = settle_of(rows, settle)
+    rows["interval"] = np.maximum(own * REVISIT, _MIN_INTERVAL_SECONDS)
+    rows["sample"] = now + rows["interval"].astype(np.float64)
+    _set_due(rows, now, own)
+
+
+def count_partners(rows: Array, words: Array) -> None:
+    """Count the pages that are to be read in full; `words` has one row for each region."""
+    # A merged page of unknown checksum can wait for the next look, so it is not among them.
+    kind = words & _U64(PARTNER | DEEP | MERGED)
+    rows["first"] = np.count_nonzero(kind == PARTNER, axis=1)
+    second = kind == PARTNER | DEEP
+    second |= (words & _U64(ZERO | SETTLED)) == ZERO
+    rows["second"] = np.count_nonzero(second, axis=1)
+
+
+def _set_due(rows: Array, now: float, own: Array) -> None:
+    due = np.where(rows["first"] > 0, now, rows["sample"])
+    told = np.maximum(rows["read"], rows["sampled"])
+    second = np.where(rows["second"] > 0, told + own, _NEVER)
+    rows["due"] = np.minimum(due, second)
