@@ -168,9 +168,11 @@ static const struct {
 	{ "wait", do_wait },
 	/* actor_writers.h */
 	{ "writers", do_writers },
+	{ "writers_so_far", do_writers_so_far },
 	{ "stop_writers", do_stop_writers },
 	/* actor_churn.h */
 	{ "churn", do_churn },
+	{ "churn_so_far", do_churn_so_far },
 	{ "stop_churn", do_stop_churn },
 	{ "hog", do_hog },
 	{ "stop_hog", do_stop_hog },
@@ -182,6 +184,7 @@ static const struct {
 	EVENT_COMMANDS,
 	/* actor_kvm.h */
 	{ "machine", do_machine },
+	{ "machine_so_far", do_machine_so_far },
 	{ "stop_machine", do_stop_machine },
 };
 

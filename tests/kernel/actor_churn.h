@@ -122,6 +122,13 @@ static void do_churn(const struct command *command)
 	done_or_failed(-errno, "pthread_create");
 }
 
+/* churn_so_far: answers as stop_churn does */
+static void do_churn_so_far(const struct command *command)
+{
+	(void)command;
+	answer("ok %lu %s", __atomic_load_n(&churn.rounds, __ATOMIC_RELAXED), churn.wrong);
+}
+
 /* stop_churn: answers the number of rounds, then what was wrong, if anything was */
 static void do_stop_churn(const struct command *command)
 {

@@ -185,6 +185,15 @@ static void do_moves(const struct command *command)
 	done_or_failed(-errno, "pthread_create");
 }
 
+/* moves_so_far: answers as stop_moves does */
+static void do_moves_so_far(const struct command *command)
+{
+	(void)command;
+	answer("ok %lu %lu %lu %s", __atomic_load_n(&moves.rounds, __ATOMIC_RELAXED),
+	       __atomic_load_n(&moves.moved, __ATOMIC_RELAXED),
+	       __atomic_load_n(&moves.busy, __ATOMIC_RELAXED), moves.wrong);
+}
+
 /* stop_moves: answers rounds, pages moved, pages found busy, then what was wrong, if anything was */
 static void do_stop_moves(const struct command *command)
 {
@@ -205,4 +214,5 @@ static void do_stop_moves(const struct command *command)
 	{ "accessed", do_accessed },		\
 	{ "move", do_move },			\
 	{ "moves", do_moves },			\
+	{ "moves_so_far", do_moves_so_far },	\
 	{ "stop_moves", do_stop_moves }

@@ -180,19 +180,32 @@ static void check_writers(void)
 	}
 }
 
+static uint64_t sum_of_writers(const uint64_t *counts)
+{
+	uint64_t sum = 0;
+
+	for (unsigned int i = 0; i < writers.threads; i++)
+		sum += __atomic_load_n(&counts[i], __ATOMIC_RELAXED);
+	return sum;
+}
+
+/* writers_so_far: answers as stop_writers does */
+static void do_writers_so_far(const struct command *command)
+{
+	(void)command;
+	answer("ok %lu %lu %s", sum_of_writers(writers.writes), sum_of_writers(writers.reads),
+	       writers.wrong);
+}
+
 /* stop_writers: answers the number of writes and reads, then what was wrong, if anything was */
 static void do_stop_writers(const struct command *command)
 {
-	uint64_t writes = 0, reads = 0;
-
 	(void)command;
 	__atomic_store_n(&writers.stop, true, __ATOMIC_SEQ_CST);
-	for (unsigned int i = 0; i < writers.threads; i++) {
+	for (unsigned int i = 0; i < writers.threads; i++)
 		pthread_join(writers.thread[i], NULL);
-		writes += writers.writes[i];
-		reads += writers.reads[i];
-	}
 	if (!writers.wrong[0])
 		check_writers();
-	answer("ok %lu %lu %s", writes, reads, writers.wrong);
+	answer("ok %lu %lu %s", sum_of_writers(writers.writes), sum_of_writers(writers.reads),
+	       writers.wrong);
 }

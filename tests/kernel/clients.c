@@ -6,8 +6,9 @@
  *
  * Each thread looks for processes of that program again and again, and checksums, merges and unmerges
  * parts of them at random; which parts others work on, or whether the process still exists, it does
- * not ask. It goes on when the module is unloaded and comes back, until our standard input ends. Then:
- * one line of JSON; or, as soon as an answer breaks the contract, a line "wrong: ...".
+ * not ask. It goes on when the module is unloaded and comes back, until our standard input ends. Then,
+ * and for each line that it reads there: one line of JSON, with all that has happened so far; or, as
+ * soon as an answer breaks the contract, a line "wrong: ...".
  */
 #include <pthread.h>
 #include <time.h>
@@ -314,11 +315,40 @@ static void print_numbers(const char *name, const uint64_t *numbers, unsigned in
 	printf("], ");
 }
 
+static uint64_t so_far(const uint64_t *number)
+{
+	return __atomic_load_n(number, __ATOMIC_RELAXED);
+}
+
+/* What has happened so far, all threads together. */
+static void report(void)
+{
+	struct client sum = {};
+
+	for (const struct client *one = client; one < client + MAX_THREADS; one++) {
+		for (unsigned int i = 0; i <= MERGEMEM_CMD_MAX; i++)
+			sum.asked[i] += so_far(&one->asked[i]);
+		for (unsigned int i = 0; i < __MERGEMEM_RESULT_COUNT; i++)
+			sum.results[i] += so_far(&one->results[i]);
+		for (unsigned int i = 0; i < MAX_ERRNO; i++)
+			sum.errors[i] += so_far(&one->errors[i]);
+		sum.abandoned += so_far(&one->abandoned);
+		sum.unmerged += so_far(&one->unmerged);
+		sum.absences += so_far(&one->absences);
+	}
+	printf("{");
+	print_numbers("asked", sum.asked, MERGEMEM_CMD_MAX + 1);
+	print_numbers("results", sum.results, __MERGEMEM_RESULT_COUNT);
+	print_numbers("errors", sum.errors, MAX_ERRNO);
+	printf("\"abandoned\": %lu, \"unmerged\": %lu, \"absences\": %lu}\n", sum.abandoned,
+	       sum.unmerged, sum.absences);
+	fflush(stdout);
+}
+
 int main(int count, char **words)
 {
-	struct client *sum = &client[0];
 	unsigned int threads;
-	char rest;
+	char byte;
 
 	if (count != 4)
 		return 2;
@@ -330,28 +360,12 @@ int main(int count, char **words)
 		if (errno)
 			die("pthread_create");
 	}
-	while (read(STDIN_FILENO, &rest, 1) > 0)
-		;
+	while (read(STDIN_FILENO, &byte, 1) > 0)
+		if (byte == '\n')
+			report();
 	__atomic_store_n(&stop, true, __ATOMIC_SEQ_CST);
-	for (unsigned int n = 0; n < threads && n < MAX_THREADS; n++) {
-		const struct client *one = &client[n];
-
-		pthread_join(one->thread, NULL);
-		for (unsigned int i = 0; n && i <= MERGEMEM_CMD_MAX; i++)
-			sum->asked[i] += one->asked[i];
-		for (unsigned int i = 0; n && i < __MERGEMEM_RESULT_COUNT; i++)
-			sum->results[i] += one->results[i];
-		for (unsigned int i = 0; n && i < MAX_ERRNO; i++)
-			sum->errors[i] += one->errors[i];
-		sum->abandoned += n ? one->abandoned : 0;
-		sum->unmerged += n ? one->unmerged : 0;
-		sum->absences += n ? one->absences : 0;
-	}
-	printf("{");
-	print_numbers("asked", sum->asked, MERGEMEM_CMD_MAX + 1);
-	print_numbers("results", sum->results, __MERGEMEM_RESULT_COUNT);
-	print_numbers("errors", sum->errors, MAX_ERRNO);
-	printf("\"abandoned\": %lu, \"unmerged\": %lu, \"absences\": %lu}\n", sum->abandoned,
-	       sum->unmerged, sum->absences);
+	for (unsigned int n = 0; n < threads && n < MAX_THREADS; n++)
+		pthread_join(client[n].thread, NULL);
+	report();
 	return 0;
 }

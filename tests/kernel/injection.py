@@ -2,8 +2,8 @@
 """Making an allocation fail: the nth one of this thread (Documentation/fault-injection).
 
 Which one that was shows in a trace: allocators ask whether they shall fail, and the stack of each
-question, and of each such answer, is kept. A call site is named as the kernel names return
-addresses: function and offset. The module's call sites are read from its own file.
+answer that they shall, and of each question if wanted, is kept. A call site is named as the kernel
+names return addresses: function and offset. The module's call sites are read from its own file.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from typing import NamedTuple
 FAIL_NTH = Path("/proc/thread-self/fail-nth")
 KNOBS = Path("/sys/kernel/debug")
 TRACING = Path("/sys/kernel/tracing")
+INSTANCE = TRACING / "instances" / "mergemem"
 # Slabs, pages. (A failing copy from or to user space is no allocation, and is not traced.)
 ASKED = ("should_failslab", "should_fail_alloc_page")
 # "mergemem_merge+0x12a/0x9f0 [mergemem]"
@@ -92,29 +93,33 @@ def settings() -> Iterator[None]:
     probes = [f"p:mergemem/asked_{name} {name}" for name in ASKED]
     probes += [f"r:mergemem/failed_{name} {name} failed=$retval:u8" for name in ASKED]
     (TRACING / "kprobe_events").write_text("\n".join(probes) + "\n")
-    instance = TRACING / "instances" / "mergemem"
-    instance.mkdir()
-    events = instance / "events" / "mergemem"
+    INSTANCE.mkdir()
+    events = INSTANCE / "events" / "mergemem"
     mine = f"common_pid == {threading.get_native_id()}"
     try:
-        (instance / "options" / "sym-offset").write_text("1")
+        (INSTANCE / "options" / "sym-offset").write_text("1")
         for name in ASKED:
-            for event, condition in ((f"asked_{name}", mine), (f"failed_{name}", FAILED)):
-                (events / event / "filter").write_text(condition)
-                (events / event / "trigger").write_text(f"stacktrace if {condition}")
-                (events / event / "enable").write_text("1")
+            (events / f"asked_{name}" / "filter").write_text(mine)
+            (events / f"failed_{name}" / "filter").write_text(FAILED)
+            (events / f"failed_{name}" / "trigger").write_text(f"stacktrace if {FAILED}")
+            (events / f"failed_{name}" / "enable").write_text("1")
         yield
     finally:
         (events / "enable").write_text("0")
-        instance.rmdir()
+        INSTANCE.rmdir()
         (TRACING / "kprobe_events").write_text("")
 
 
 class Failure:
-    """Lets the nth allocation fail within a `with`; then says whether it did, and whose it was."""
+    """Lets the nth allocation fail within a `with`; then says whether it did, and whose it was.
 
-    def __init__(self, nth: int) -> None:
+    With `whole`, also whose all the others were; printing their stacks takes longer than anything
+    else here.
+    """
+
+    def __init__(self, nth: int, whole: bool = False) -> None:
         self.nth = nth
+        self.whole = whole
         self.happened = False
         # How many were not reached.
         self.left = nth
@@ -124,7 +129,8 @@ class Failure:
         self.site: Site | None = None
 
     def __enter__(self) -> Failure:
-        (TRACING / "instances" / "mergemem" / "trace").write_text("")
+        (INSTANCE / "trace").write_text("")
+        self._trace_questions(self.whole)
         self._file = os.open(FAIL_NTH, os.O_RDWR)
         os.pwrite(self._file, str(self.nth).encode(), 0)
         return self
@@ -139,11 +145,20 @@ class Failure:
                 raise
         self._stop()
         os.close(self._file)
-        for event, site in _stacks((TRACING / "instances" / "mergemem" / "trace").read_text()):
+        self._trace_questions(False)
+        for event, site in _stacks((INSTANCE / "trace").read_text()):
             if event.startswith("failed"):
                 self.site = site
             else:
                 self.asked.append(site)
+
+    def _trace_questions(self, on: bool) -> None:
+        if self.whole:
+            for name in ASKED:
+                event = INSTANCE / "events" / "mergemem" / f"asked_{name}"
+                mine = f"stacktrace if common_pid == {threading.get_native_id()}"
+                (event / "trigger").write_text(mine if on else f"!{mine}")
+                (event / "enable").write_text(str(int(on)))
 
     def _stop(self) -> None:
         """No failure after this one. Taking the number in is something that can fail, too."""

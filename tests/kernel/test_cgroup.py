@@ -22,7 +22,6 @@ from tests.kernel.wire import Client, Refused
 PAGES, SEED = 1500, 150
 # Charges come in stocks of 64 for each processor, and page tables are charged as well.
 SLACK_PAGES = 400
-SETTLE_SECONDS = 20.0
 Group = Callable[[], Cgroup]
 
 
@@ -45,7 +44,7 @@ def region_in(group: Cgroup, stage: Stage, pages: int = PAGES) -> Region:
 def assert_near(read: Callable[[], int], expected: int, what: str) -> None:
     """Counters of groups settle in the background."""
     message = f"{what} is near {expected}; first it was {read()}"
-    wait_until(lambda: abs(read() - expected) <= SLACK_PAGES, message, SETTLE_SECONDS)
+    wait_until(lambda: abs(read() - expected) <= SLACK_PAGES, message)
 
 
 def merge_in_parts(client: Client, *regions: Region) -> None:

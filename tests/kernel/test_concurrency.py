@@ -11,6 +11,7 @@ Duration: MERGEMEM_CONCURRENCY_SECONDS; seed of the clients: MERGEMEM_SEED.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import errno
 import json
@@ -21,10 +22,11 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from tests.kernel import turmoil
+from tests.kernel import race, turmoil
 from tests.kernel.accounting import settled_free_pages
 from tests.kernel.actor import PROGRAM, Actor, Stage
 from tests.kernel.contract import Command, Result
@@ -40,8 +42,7 @@ PAGES = VICTIM_THREADS * 1024
 # Page tables, slabs and per-CPU lists of the kernel, which it returns when it needs to.
 SLACK_PAGES = 4096
 DELETE_MODULE = 176
-# More than a slow guest on a busy host needs until everything has happened once.
-PATIENCE_SECONDS = 240
+WANTED = {Result.SUCCESS, Result.ZEROED, Result.NOTEQUAL, Result.HUGE}
 # Malformed requests, answers that do not fit, faults.
 UNEXPECTED = (errno.EINVAL, errno.ERANGE, errno.EMSGSIZE, errno.EFAULT)
 
@@ -120,6 +121,43 @@ def busy_host(tmp_path: Path) -> Iterator[None]:
         yield
 
 
+class Clients:
+    """The program that has several clients in it, and what became of their requests so far."""
+
+    def __init__(self, program: subprocess.Popen[str]) -> None:
+        self._program = program
+
+    def report(self) -> dict[str, Any]:
+        """What it tells when it is asked; a failed assertion if anything was wrong."""
+        assert self._program.stdin
+        assert self._program.stdout
+        with contextlib.suppress(BrokenPipeError):
+            self._program.stdin.write("\n")
+            self._program.stdin.flush()
+        return self._parsed(self._program.stdout.readline())
+
+    def end(self) -> dict[str, Any]:
+        """Stop them; the last report."""
+        said, _ = self._program.communicate()
+        assert self._program.returncode == 0, said
+        return self._parsed(said)
+
+    def _parsed(self, said: str) -> dict[str, Any]:
+        assert said.startswith("{"), said
+        report: dict[str, Any] = json.loads(said)
+        for name, numbered in (("asked", Command), ("results", Result)):
+            report[name] = {numbered(n): count for n, count in enumerate(report[name]) if count}
+        report["errors"] = {os.strerror(n): count for n, count in enumerate(report["errors"])}
+        report["errors"] = {text: count for text, count in report["errors"].items() if count}
+        return report
+
+
+def has_everything(report: dict[str, Any]) -> bool:
+    """Whether each command was asked for, and the results were met that make it a test."""
+    asked, results = set(report["asked"]), set(report["results"])
+    return asked == set(Command) and results >= WANTED and bool(report["unmerged"])
+
+
 def took_place(names: list[str], since: Counter[str]) -> bool:
     """Whether the kernel has counted each of these events since then."""
     now = turmoil.events()
@@ -134,31 +172,30 @@ def test_everything_at_once(stage: Stage, module: Module) -> None:
     # What the kernel counts: huge pages made, split and made again, swap both ways, compaction.
     proof = ["thp_fault_alloc", "thp_split_pmd", "thp_collapse_alloc"]
     proof += ["pswpout", "pswpin", "pgmigrate_success"]
-    end = time.monotonic() + SECONDS
     words = [str(CLIENTS), str(PROGRAM), str(CLIENT_THREADS), str(SEED)]
     with subprocess.Popen(
         words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    ) as clients:
+    ) as program:
+        clients = Clients(program)
+
+        def met() -> bool:
+            return took_place(proof, events) and has_everything(clients.report())
+
+        def told() -> object:
+            return Counter(turmoil.events()) - events, clients.report()
+
         # For the time that is given, and until all of it has taken place, or it was no test.
-        while time.monotonic() < end or not took_place(proof, events):
-            assert clients.poll() is None
-            assert time.monotonic() < end + PATIENCE_SECONDS, Counter(turmoil.events()) - events
+        for _ in race.rounds(SECONDS, met, told):
+            assert program.poll() is None, clients.report()
             for _ in range(4):
                 crowd.disturb()
-        said, _ = clients.communicate()
+        report = clients.end()
     rounds = crowd.end()
-    assert clients.returncode == 0, said
-    report = json.loads(said)
 
-    asked = {Command(n): count for n, count in enumerate(report["asked"]) if n}
-    results = {Result(n): count for n, count in enumerate(report["results"]) if count}
-    errors = {os.strerror(n): count for n, count in enumerate(report["errors"]) if count}
     events = Counter(turmoil.events()) - events
     print(f"{rounds} rounds, {dict(crowd.happened)}, { ({name: events[name] for name in proof}) }")
-    print(f"{asked}, {results}, {errors}, {report['unmerged']} unmerged")
-    assert min(asked.values()) > 0
-    assert {Result.SUCCESS, Result.ZEROED, Result.NOTEQUAL, Result.HUGE} <= results.keys()
-    assert report["unmerged"] > 0
-    assert not {os.strerror(number) for number in UNEXPECTED} & errors.keys()
+    print(report)
+    assert has_everything(report)
+    assert not {os.strerror(number) for number in UNEXPECTED} & report["errors"].keys()
     # `scene` asks for the totals. Nothing else may be left either.
     assert abs(settled_free_pages() - free_before) < SLACK_PAGES

@@ -260,7 +260,7 @@ def test_load(module: Module, tmp_path: Path) -> None:
     shutil.copy(module.path, copy)
     descriptor = os.open(copy, os.O_RDONLY)
     module.unload()
-    with Failure(PLENTY) as whole:
+    with Failure(PLENTY, whole=True) as whole:
         assert loads(descriptor)
     # Kprobes and static calls are what the kernel brings; it warns when it has no memory for them.
     ours = {

@@ -27,10 +27,10 @@ import pytest
 from tests.kernel import nodes
 from tests.kernel.actor import PAGE_BYTES, Region, Stage, content
 from tests.kernel.contract import Result, State
-from tests.kernel.disturbance import merge_equal
 from tests.kernel.sharing import wait_until
 from tests.kernel.syscalls import read_memory
 from tests.kernel.wire import Client, Refused
+from tests.kernel.writers import merge_equal
 
 # Of each process: 1 MiB, all pages alike.
 PAGES = 256

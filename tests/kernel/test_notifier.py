@@ -10,7 +10,6 @@ from __future__ import annotations
 import os
 import random
 import subprocess
-import time
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,9 +17,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from tests.kernel import race
 from tests.kernel.actor import Region, Stage
 from tests.kernel.contract import GROUP_ZERO, Result, State
-from tests.kernel.sharing import DEADLINE_SECONDS
 from tests.kernel.wire import Client
 
 PAGES, SEED = 512, 110
@@ -76,19 +75,19 @@ def test_machine(stage: Stage, client: Client, kind: str) -> None:
         actor.ask("fill", address, PAGES, SEED, 1)
     actor.ask("machine", address, PAGES)
     wanted = Result.ZEROED if kind == "zeros" else Result.SUCCESS
-    began = time.monotonic()
     results: Counter[Result] = Counter()
     chance = random.Random(1)
-    rounds = 0
-    while time.monotonic() < began + SECONDS or results[wanted] <= PAGES:
-        assert time.monotonic() < began + DEADLINE_SECONDS, results
+
+    def met() -> bool:
+        machine_rounds, host_writes, *wrong = actor.ask("machine_so_far").split(" ", 2)
+        assert not wrong, wrong
+        return int(machine_rounds) > 20 and int(host_writes) > 100 and results[wanted] > PAGES
+
+    for _ in race.rounds(SECONDS, met, lambda: results):
         results.update(nominate(client, region))
-        rounds += 1
         if not chance.randrange(8):
             client.unmerge(actor.key, address, PAGES)
     machine_rounds, host_writes, *wrong = actor.ask("stop_machine").split(" ", 2)
     print(f"{kind}: {machine_rounds} rounds of the machine, {host_writes} writes beside it,")
-    print(f"{rounds} requests, {dict(results)}")
+    print(dict(results))
     assert not wrong, wrong
-    assert int(machine_rounds) > 20
-    assert int(host_writes) > 100

@@ -6,21 +6,21 @@ All processors of the guest belong to node 0, so that only memory bound to node 
 
 from __future__ import annotations
 
-import time
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from tests.kernel import frames, nodes
+from tests.kernel import frames, nodes, race
 from tests.kernel.actor import Page, Region, Stage
 from tests.kernel.contract import Result
 from tests.kernel.sharing import flat, pairs, write_privately
-from tests.kernel.test_writers import equal_now, nominate
 from tests.kernel.wire import Client
+from tests.kernel.writers import Writers, merge_equal
 
 PAGES, SEED = 8, 140
+RACE_SECONDS = 5
 SUCCESS, NODE = Result.SUCCESS, Result.NODE
 BALANCING = Path("/proc/sys/kernel/numa_balancing")
 SCANNING = Path("/sys/kernel/debug/sched/numa_balancing")
@@ -181,17 +181,16 @@ def test_while_the_kernel_balances(stage: Stage, client: Client) -> None:
         regions.append(on_node(node, stage, pages))
         # It leaves alone what is bound.
         regions[-1].actor.ask("mbind", regions[-1].address, pages, 0, 0, 0)
-        regions[-1].actor.ask("writers", regions[-1].address, pages, node + 1, 2)
-    deadline = time.monotonic() + 5
+    writers = Writers(regions, threads=2)
     results: Counter[Result] = Counter()
-    while time.monotonic() < deadline:
-        results.update(nominate(client, equal_now(client, regions)))
-    for region in regions:
-        _, _, *wrong = region.actor.ask("stop_writers").split(" ", 2)
-        assert wrong in ([], [""]), wrong
+
+    def met() -> bool:
+        return vmstat("numa_pte_updates") > hinted and results[SUCCESS] > 100
+
+    for _ in race.rounds(RACE_SECONDS, met, lambda: results):
+        results.update(merge_equal(client, regions))
+    writers.stop()
     print(dict(results), "hinted pages:", vmstat("numa_pte_updates") - hinted)
-    assert vmstat("numa_pte_updates") > hinted
-    assert results[SUCCESS] > 100
 
 
 def vmstat(field: str) -> int:

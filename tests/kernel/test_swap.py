@@ -5,27 +5,19 @@ from __future__ import annotations
 
 import os
 import subprocess
-import time
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from tests.kernel import cgroup, frames
+from tests.kernel import cgroup, frames, race
 from tests.kernel.actor import MADV_PAGEOUT, Region, Stage
 from tests.kernel.cgroup import Cgroup
 from tests.kernel.contract import Result, State
-from tests.kernel.sharing import (
-    DEADLINE_SECONDS,
-    flat,
-    merge_all,
-    pairs,
-    wait_until,
-    write_privately,
-)
-from tests.kernel.test_writers import equal_now, nominate
+from tests.kernel.sharing import flat, merge_all, pairs, wait_until, write_privately
 from tests.kernel.wire import Client
+from tests.kernel.writers import Writers, merge_equal
 
 PAGES, SEED = 16, 100
 SWAP_BYTES = 32 << 20
@@ -155,26 +147,22 @@ def test_merging_under_pressure(small_group: Cgroup, stage: Stage, client: Clien
     for seed in range(2):
         actor = small_group.add(stage.start())
         regions.append(Region(actor, actor.map(pages), pages, seed))
-        actor.ask("writers", regions[-1].address, pages, seed + 1, 2)
+    writers = Writers(regions, threads=2)
     small_group.limit(small_group.pages * 2 // 3)
     before = vmstat()
-    began = time.monotonic()
     results: Counter[Result] = Counter()
 
     def enough() -> bool:
         swapped = (vmstat()[name] - before[name] for name in ("pswpout", "pswpin"))
         return results[Result.SUCCESS] > pages // 2 and min(swapped) > pages // 2
 
-    while time.monotonic() < began + PRESSURE_SECONDS or not enough():
-        assert time.monotonic() < began + DEADLINE_SECONDS, (results, vmstat())
+    for _ in race.rounds(PRESSURE_SECONDS, enough, lambda: (results, vmstat())):
         # Some are on swap whenever we look; it takes pages that are in memory to be merged.
-        results.update(nominate(client, equal_now(client, regions)))
+        results.update(merge_equal(client, regions))
         for region in regions:
             region.actor.ask("madvise", region.address, pages // 2, MADV_PAGEOUT)
     after = vmstat()
-    for region in regions:
-        _, _, *wrong = region.actor.ask("stop_writers").split(" ", 2)
-        assert wrong in ([], [""]), wrong
+    writers.stop()
     print(dict(results), {name: after[name] - before[name] for name in ("pswpout", "pswpin")})
     assert small_group.events("oom_kill") == 0
 

@@ -4,13 +4,12 @@
 from __future__ import annotations
 
 import errno
-import time
 from collections import Counter
 from collections.abc import Iterator
 
 import pytest
 
-from tests.kernel import frames
+from tests.kernel import frames, race
 from tests.kernel.actor import MADV_DONTNEED, PAGE_BYTES, Region, Stage, content
 from tests.kernel.contract import Result, State
 from tests.kernel.sharing import Merged, flat, merge_all, pairs, write_privately
@@ -202,17 +201,18 @@ def test_move_while_merging(stage: Stage, client: Client) -> None:
         require_move(userfault)
         words = userfault.descriptor_of_actor, empty.address, source.address, pages, SEED
         actor.ask("moves", *words)
-        deadline = time.monotonic() + RACE_SECONDS
-        while time.monotonic() < deadline:
+
+        def met() -> bool:
+            rounds, moved, busy, *wrong = actor.ask("moves_so_far").split(" ", 3)
+            assert not wrong, wrong
+            return int(rounds) > 2 and min(int(moved), int(busy), results[Result.SUCCESS]) > 0
+
+        for _ in race.rounds(RACE_SECONDS, met, lambda: results):
             results.update(flat(client.merge(*pairs(source, bob))))
         rounds, moved, busy, *wrong = actor.ask("stop_moves").split(" ", 3)
     assert not wrong, wrong
     bob.verify()
     print(f"{rounds} rounds, {moved} moved, {busy} busy, {dict(results)}")
-    assert int(rounds) > 2
-    assert int(moved) > 0
-    assert int(busy) > 0
-    assert results[Result.SUCCESS] > 0
     assert set(results) <= {
         Result.SUCCESS,
         Result.ALREADYSH,

@@ -9,6 +9,9 @@ from typing import Any
 
 from tests.soak.journal import Event, Journal
 
+# Verdicts of judges that had too little time for one, on a kernel as slow as this.
+IDLE = {"too few merges", "not run"}
+
 
 @dataclass(frozen=True)
 class Boot:
@@ -26,7 +29,7 @@ def make(journal: Journal, boots: list[Boot], settings: dict[str, Any]) -> dict[
     """What `report.json` holds."""
     tests, judges = journal.of("test"), journal.of("judge")
     failed = [e for e in tests if e["outcome"] == "failed"]
-    wrong = [e for e in judges if e["status"] != 0]
+    wrong = [e for e in judges if _is_wrong(e)]
     counters = [e["astray"] for e in journal.of("counters")]
     leaks = {
         kind: [leak for e in journal.of(kind) for leak in e["leaks"]]
@@ -39,7 +42,7 @@ def make(journal: Journal, boots: list[Boot], settings: dict[str, Any]) -> dict[
         "checks": {
             "tests": len([e for e in tests if e["outcome"] != "skipped"]),
             "assertions": sum(e["assertions"] for e in tests),
-            "judges": len(judges),
+            "judges": sum(e["status"] == 0 for e in judges),
             "leak_scans": len(journal.of("kmemleak")) + len(journal.of("page_owner")),
         },
         "mismatches": [{"name": e["id"], "round": e["round"], "text": e["text"]} for e in failed]
@@ -69,6 +72,22 @@ def _problems(report: dict[str, Any]) -> dict[str, list[str]]:
         + ([] if report["checks"]["tests"] else ["no test ran"])
         + ([] if report["checks"]["leak_scans"] else ["no leak scan was made"]),
     }
+
+
+def _is_wrong(event: Event) -> bool:
+    """Whether a judge found something wrong, or broke. That it came to nothing here is neither."""
+    if event["status"] is None:
+        return False
+    verdicts = {one["verdict"] for one in event["verdicts"]}
+    return event["status"] != 0 and not (verdicts and verdicts <= IDLE)
+
+
+def _came_to_nothing(event: Event) -> str:
+    """Why a judge that was begun, and found nothing wrong, does not count; empty if it does."""
+    if event["status"] is None:
+        return f"cut off after {event['seconds']:.0f} s"
+    (verdict,) = {one["verdict"] for one in event["verdicts"]} & IDLE or {""}
+    return verdict and f"{verdict} in {event['seconds']:.0f} s"
 
 
 def _ran(tests: list[Event]) -> list[dict[str, Any]]:
@@ -112,12 +131,14 @@ def _not_run(journal: Journal, boots: list[Boot]) -> list[dict[str, str]]:
             missing.append({"name": name, "reason": why})
     skipped = {e["id"]: e["text"] for e in journal.of("test") if e["outcome"] == "skipped"}
     missing += [{"name": name, "reason": f"skipped: {text}"} for name, text in skipped.items()]
-    judged = {e["name"] for e in journal.of("judge")}
+    judged = {e["name"]: _came_to_nothing(e) for e in journal.of("judge")}
     begun = {e["name"] for e in journal.of("judge-begin")}
     for name in dict.fromkeys(n for e in journal.of("judges") for n in e["names"]):
         if name not in judged:
             why = "the guest was lost while it ran" if name in begun else "the time was up"
             missing.append({"name": f"judge {name}", "reason": why})
+        elif judged[name]:
+            missing.append({"name": f"judge {name}", "reason": judged[name]})
     if not journal.of("judges"):
         missing.append({"name": "judges", "reason": "no guest got as far as to list them"})
     return missing

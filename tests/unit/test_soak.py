@@ -96,6 +96,23 @@ def test_what_did_not_run(tmp_path: Path) -> None:
     assert not made["clean"]
 
 
+def test_judges_that_came_to_nothing(journal: Journal) -> None:
+    """Time that was too short is no finding, and is told; what is wrong is wrong all the same."""
+    few = {"status": 1, "verdicts": [{"verdict": "too few merges", "merged": 3}], "seconds": 9}
+    journal.write("judges", names=["sqlite", "redis", "stress-vm"])
+    journal.write("judge", name="redis", status=None, verdicts=[], seconds=605.2)
+    journal.write("judge", name="stress-vm", **few)
+    made = report.make(journal, [WELL], SETTINGS)
+    assert made["clean"]
+    assert made["checks"]["judges"] == 1
+    assert {entry["name"]: entry["reason"] for entry in made["not_run"]} == {
+        "judge redis": "cut off after 605 s",
+        "judge stress-vm": "too few merges in 9 s",
+    }
+    journal.write("judge", name="stress-vm", **(few | {"verdicts": []}))
+    assert not report.make(journal, [WELL], SETTINGS)["clean"]
+
+
 def test_a_torn_line_is_the_last(journal: Journal) -> None:
     before = len(journal.read())
     with open(journal.path, "a", encoding="utf-8") as file:
