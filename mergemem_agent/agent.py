@@ -29,6 +29,8 @@ from mergemem_agent import __version__
 from mergemem_agent.budget import Budget
 from mergemem_agent.counts import ReloadState, Snapshot
 from mergemem_agent.error import MergememError
+from mergemem_agent.hint import Hint
+from mergemem_agent.hint_source import open_hints
 from mergemem_agent.info import Limits
 from mergemem_agent.metrics import MetricsServer
 from mergemem_agent.module import Module, ModuleMissing, PermissionDenied
@@ -106,13 +108,24 @@ class Agent:
         self._notifier = notifier
         self._policies = _load(options)
         self._reload = ReloadState(successes=1, succeeded_at=time.time())
+        # Before the budget begins: to compile takes seconds of CPU time, once, which would be
+        # slept off at a few percent of a core.
+        self._source = open_hints(self._policies.agent.hints)
         self._budget = _budget(self._policies)
         self._pressure = Pressure(self._policies.agent)
         self._signals = Signals()
-        self._pipeline = Pipeline(self._policies, procfs, self._budget, self._pace)
+        self._pipeline = Pipeline(
+            self._policies,
+            procfs,
+            self._budget,
+            self._pace,
+            hints=self._hints,
+            events=lambda: self._source.events(),
+        )
         self._module: Module | None = None
         self._limits: Limits | None = None
         self._missing_told = ""
+        self._followed = 0.0  # when events were last taken
         self._snapshot_due = 0.0
         self._snapshot = self._take_snapshot()
         settings = self._policies.agent
@@ -135,6 +148,7 @@ class Agent:
         finally:
             self._notifier.stopping()
             self._close_module()
+            self._source.close()
             self._server.close()
             with contextlib.suppress(OSError):
                 self._options.status_file.unlink()
@@ -167,17 +181,34 @@ class Agent:
     def _pace(self) -> None:
         """Pause after a slice as the budget demands. Raises _RoundOver when a signal came."""
         self._publish()
+        self._follow()
         while not self._signals.pending and (wait := self._budget.wait_seconds()) > 0:
             self._idle(wait)
         if self._signals.pending:
             raise _RoundOver
 
     def _idle(self, seconds: float) -> None:
-        """Sleep, while the watchdog and the readers of metrics still hear from the agent."""
+        """Sleep, while the watchdog and the readers of metrics still hear from the agent.
+
+        Returns early when processes have come or gone, or hints have.
+        """
         end = time.monotonic() + seconds
         while not self._signals.pending and (left := end - time.monotonic()) > 0:
             self._publish()
-            self._signals.sleep(min(left, SNAPSHOT_SECONDS))
+            self._signals.sleep(min(left, SNAPSHOT_SECONDS, self._source.poll_seconds))
+            if self._follow() or self._source.has_hints():
+                return
+
+    def _follow(self) -> bool:
+        """Take in which processes came and went, in the middle of whatever goes on."""
+        now = time.monotonic()
+        if now - self._followed < self._source.poll_seconds:
+            return False
+        self._followed = now
+        return self._pipeline.follow_events()
+
+    def _hints(self) -> list[Hint]:
+        return self._source.hints(target.process for target in self._pipeline.targets)
 
     # --- the kernel module -------------------------------------------------------------------
 
@@ -231,7 +262,7 @@ class Agent:
                 self._reload, succeeded=False, failures=self._reload.failures + 1
             )
         else:
-            self._warn_of_metrics_change(policies)
+            self._warn_of_restart(policies)
             self._policies, self._budget = policies, _budget(policies)
             self._pressure.change_settings(policies.agent)
             self._pipeline.change_policies(policies, self._budget)
@@ -245,10 +276,12 @@ class Agent:
         self._publish(force=True)
         self._notifier.ready()
 
-    def _warn_of_metrics_change(self, policies: PolicySet) -> None:
+    def _warn_of_restart(self, policies: PolicySet) -> None:
         old, new = self._policies.agent, policies.agent
         if (old.metrics_address, old.metrics_port) != (new.metrics_address, new.metrics_port):
             log.warning("policy: another metrics address or port takes a restart of the agent")
+        if old.hints != new.hints:
+            log.warning("policy: switching hints on or off takes a restart of the agent")
 
     # --- what others see ---------------------------------------------------------------------
 
@@ -291,6 +324,7 @@ class Agent:
             user_seconds=usage.user,
             system_seconds=usage.system,
             module=info,
+            hints=self._source.state(),
         )
 
     def _write_status(self, snapshot: Snapshot) -> None:

@@ -17,6 +17,7 @@ from typing import Any
 
 from mergemem_agent.contract import PAGE_BYTES, Result
 from mergemem_agent.flow import Flow
+from mergemem_agent.hint import HintState, SourceKind
 from mergemem_agent.info import Info
 from mergemem_agent.pressure import PressureState
 from mergemem_agent.region import Regions
@@ -131,6 +132,7 @@ class Snapshot:
     user_seconds: float
     system_seconds: float
     module: Info | None  # None: not loaded
+    hints: HintState = field(default_factory=HintState)
 
     def as_dict(self) -> dict[str, Any]:
         """Return it as plain values, with names in place of enums, for JSON."""
@@ -157,4 +159,4 @@ def _plain(value: Any) -> Any:
             key.name.lower() if isinstance(key, Result) else key: _plain(item)
             for key, item in value.items()
         }
-    return value
+    return value.value if isinstance(value, SourceKind) else value

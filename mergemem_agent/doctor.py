@@ -30,6 +30,8 @@ NEEDED_OPTIONS = (
     "CONFIG_KALLSYMS",
     "CONFIG_MMU_NOTIFIER",
 )
+BPF_OPTIONS = ("CONFIG_BPF_SYSCALL", "CONFIG_BPF_JIT", "CONFIG_BPF_EVENTS")
+TRACING = ("sys/kernel/tracing", "sys/kernel/debug/tracing")
 LIBRARIES = {
     "jsonschema": "python3-jsonschema",
     "numpy": "python3-numpy",
@@ -206,6 +208,8 @@ def check_capabilities(host: Host) -> Iterator[Finding]:
         "CAP_DAC_READ_SEARCH": "other users' processes in estimates",
         "CAP_SYS_ADMIN": "frame numbers, which make estimates exact",
         "CAP_SYS_MODULE": "loading the module",
+        "CAP_BPF": "hints from page faults",
+        "CAP_PERFMON": "hints from page faults",
     }
     had = host.capabilities
     missing = [name for name in uses if name not in had]
@@ -251,12 +255,29 @@ def _check_bcc() -> Finding:
     )
 
 
-def check_btf(host: Host) -> Iterator[Finding]:
-    """Type information for BPF programs."""
-    if host.exists("sys/kernel/btf/vmlinux"):
-        yield ok("BTF", "the kernel describes its types to BPF programs")
+def check_hints(host: Host) -> Iterator[Finding]:
+    """Whether the kernel can count page faults for the agent; without that it works from /proc."""
+    missing = [name for name in BPF_OPTIONS if host.option(name) is False]
+    headers = f"lib/modules/{host.kernel}/build"
+    if missing:
+        yield note(
+            "hints",
+            f"the kernel was built without {', '.join(missing)}: processes are found in /proc, and "
+            "memory is visited in turn",
+            "boot a distribution's kernel",
+        )
+    elif not host.exists(headers):
+        yield note(
+            "hints",
+            f"BCC compiles against the kernel's headers, and there is no /{headers}",
+            f"apt install linux-headers-{host.kernel}",
+        )
+    elif any(host.exists(tracing) for tracing in TRACING) and not any(
+        host.exists(f"{tracing}/events/exceptions/page_fault_user") for tracing in TRACING
+    ):
+        yield note("hints", "the kernel has no tracepoint of page faults: reads count like writes")
     else:
-        yield note("BTF", "the kernel has no type information (CONFIG_DEBUG_INFO_BTF)")
+        yield ok("hints", "the kernel can tell of page faults and processes by BPF")
 
 
 def check_policies(host: Host) -> Iterator[Finding]:
@@ -342,7 +363,7 @@ CHECKS: tuple[Check, ...] = (
     check_module,
     check_capabilities,
     check_libraries,
-    check_btf,
+    check_hints,
     check_policies,
     check_huge_pages,
     check_ksm,

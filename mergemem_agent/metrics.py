@@ -24,6 +24,7 @@ from prometheus_client.registry import Collector
 from mergemem_agent.contract import CONTRACT_VERSION, Result
 from mergemem_agent.counts import Snapshot
 from mergemem_agent.error import MergememError
+from mergemem_agent.hint import LOSSES
 from mergemem_agent.word import Stage
 
 log = logging.getLogger(__name__)
@@ -143,6 +144,22 @@ def _costs(snapshot: Snapshot) -> Iterable[Sample]:
     return [((part,), seconds) for part, seconds in snapshot.queue.cost_seconds.items()]
 
 
+def _hint_source(snapshot: Snapshot) -> Iterable[Sample]:
+    return [((snapshot.hints.source.value,), 1.0)]
+
+
+def _hint_faults(snapshot: Snapshot) -> Iterable[Sample]:
+    hints = snapshot.hints
+    return [
+        (("first_touch",), hints.first_touches),
+        (("write_protect",), hints.write_protect_faults),
+    ]
+
+
+def _hints_lost(snapshot: Snapshot) -> Iterable[Sample]:
+    return [((reason,), snapshot.hints.lost.get(reason, 0)) for reason in LOSSES]
+
+
 _COUNTER: Final = CounterMetricFamily
 _GAUGE: Final = GaugeMetricFamily
 
@@ -169,6 +186,19 @@ METRICS: Final = tuple(
          "Attempts to load the policies.", _reloads),
         ("mergemem_targets", _GAUGE, ("policy",),
          "Processes that a policy has chosen.", _by_policy_memory("targets")),
+        # --- hints ---
+        ("mergemem_hints_source", _GAUGE, ("source",),
+         "Where hints come from: bpf, perf (no kinds of faults), or proc (none); always 1.",
+         _hint_source),
+        ("mergemem_hints_sampling", _GAUGE, (),
+         "One page fault in so many is counted.", _one(lambda s: s.hints.sampling)),
+        ("mergemem_hints_faults", _COUNTER, ("kind",),
+         "Page faults of targets that hints told of: those counted, times the sampling.",
+         _hint_faults),
+        ("mergemem_hints_events", _COUNTER, (),
+         "Forks, execs and exits that the kernel told of.", _one(lambda s: s.hints.events)),
+        ("mergemem_hints_lost", _COUNTER, ("reason",),
+         "Page faults, events and watched processes of which no hint came.", _hints_lost),
         # --- scan ---
         ("mergemem_scan_queue_regions", _GAUGE, (),
          "Regions of 2 MiB of all targets.", _one(lambda s: s.queue.regions)),

@@ -26,7 +26,7 @@ from mergemem_agent.budget import Budget
 from mergemem_agent.cap import Caps
 from mergemem_agent.contract import Result
 from mergemem_agent.counts import Counts, PolicyMemory
-from mergemem_agent.hint import Hint
+from mergemem_agent.hint import Hint, ProcessEvents
 from mergemem_agent.info import Limits
 from mergemem_agent.merge import GONE, Request
 from mergemem_agent.module import (
@@ -59,6 +59,10 @@ CHEAP_INDEX_PAGES: Final = 65536
 # Hints are taken in at the start of a round, and so often while it lasts.
 HINT_SECONDS: Final = 1.0
 
+# With events of forks, execs and exits, /proc need not be read in full as often: in so many times
+# the policy file's `rescan`.
+FOLLOWED_RESCANS: Final = 6
+
 # After NOMEM, merging rests: first for so long, then twice as long each time.
 NOMEM_SECONDS: Final = 10.0
 NOMEM_MAX_SECONDS: Final = 300.0
@@ -82,19 +86,25 @@ class Pipeline:
         budget: Budget,
         pace: Callable[[], None],
         hints: Callable[[], Iterable[Hint]] = tuple,
+        events: Callable[[], ProcessEvents | None] = lambda: None,
     ) -> None:
-        """Take the policies in force; `pace` is called between slices, `hints` once a round."""
+        """Take the policies in force; `pace` is called between slices, `hints` once a round.
+
+        `events` returns None where /proc alone tells which processes there are.
+        """
         self.counts = Counts()
         self.targets = Targets(policies, procfs)
         self.queue = ScanQueue(self.targets, procfs)
         self._budget = budget
         self._pace = pace
         self._hints = hints
+        self._events = events
         self._news: defaultdict[Pool, _News] = defaultdict(_News)  # since the last search
         self._searched: dict[Pool, float] = {}
         self._zeros = False  # some have settled
         self._synced = -float("inf")
         self._hinted = -float("inf")
+        self._followed = False  # somebody tells of processes that come and go
         self._no_memory_until = 0.0
         self._no_memory_seconds = NOMEM_SECONDS
         self._memory: dict[str, PolicyMemory] | None = None
@@ -112,12 +122,27 @@ class Pipeline:
         self.counts.rounds += 1
 
     def find_targets(self) -> None:
-        """Bring the targets in step with the policies and /proc, if it is time for that."""
-        if self._sync_is_due():
+        """Bring the targets in step with events, the policies and /proc, as far as it is time."""
+        self.follow_events()
+        synced = self._sync_is_due()
+        if synced:
             self._synced = time.monotonic()
             self.targets.sync()
             self._follow()
+        if synced or self._followed:
             self._done("targets")
+
+    def follow_events(self) -> bool:
+        """Take in which processes came and went; may be called between slices.
+
+        Returns whether there are other targets now than before.
+        """
+        events = self._events()
+        self._followed = events is not None
+        if events is None or not self.targets.take_events(events):
+            return False
+        self._follow()
+        return True
 
     def change_policies(self, policies: PolicySet, budget: Budget) -> None:
         """Go on with other policies; what is remembered of pages stays."""
@@ -153,12 +178,18 @@ class Pipeline:
     def idle_seconds(self) -> float:
         """Return how long nothing will be due, at most until the next sync."""
         now = time.monotonic()
-        sync = self._synced + self.targets.policies.agent.rescan_seconds
+        sync = self._synced + self._sync_seconds
         work = self.queue.wait_seconds(now, self._budget.policy_wait_seconds)
         return max(0.0, min(sync - now, work))
 
     def _sync_is_due(self) -> bool:
-        return time.monotonic() >= self._synced + self.targets.policies.agent.rescan_seconds
+        return time.monotonic() >= self._synced + self._sync_seconds
+
+    @property
+    def _sync_seconds(self) -> float:
+        """How often /proc is read in full: rarely, where events tell of most of what happens."""
+        seconds = self.targets.policies.agent.rescan_seconds
+        return seconds * FOLLOWED_RESCANS if self._followed else seconds
 
     def _may_spend(self, target: Target) -> bool:
         return self._budget.policy_wait_seconds(target.policy.name) == 0

@@ -163,6 +163,7 @@ class AgentSettings:
     metrics_port: int = 9119
     rescan_seconds: float = 10.0
     max_shared_bytes: int | None = None
+    hints: bool = True  # from the kernel, as far as it gives them
 
 
 @dataclass(frozen=True)

@@ -114,6 +114,7 @@ AGENT_KEYS: Mapping[str, Key] = {
     "metrics_port": Key("metrics_port", int),
     "rescan": Key("rescan_seconds", _within(parse_duration, "1s", "1h"), has_unit=True),
     "max_shared": _MAX_SHARED,
+    "hints": Key("hints", lambda choice: choice == "auto"),
 }
 POLICY_KEYS: Mapping[str, Key] = {
     "name": Key("name", str),

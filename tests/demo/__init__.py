@@ -13,6 +13,7 @@ In the guest:
 - application.py, catalogue.py, gunicorn_settings.py: the web shop that gunicorn serves, and its
   data, which anybody can compute again
 - load.py: the customers, who check each answer
+- latecomer.py: two processes that come late, to see how soon hints have them merged
 - inspector.py: asks every worker to check all that it holds
 - mergemem.py: the command `mergemem`, the module and the metrics, as an operator uses them
 - watch.py, frames.py, free_memory.py: the memory, counted while time goes by

@@ -24,7 +24,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from tests.demo import catalogue, fleet, frames, free_memory, mergemem
+from tests.demo import catalogue, fleet, frames, free_memory, latecomer, mergemem
 from tests.demo.inspector import Inspector
 from tests.demo.mergemem import Agent
 from tests.demo.watch import Sample, Watch
@@ -38,6 +38,7 @@ LOOK_SECONDS = 5.0
 SETTLED_SECONDS = 35  # more than the agent may let pass between two searches of the index
 SETTLED_SHARE = 0.01
 MERGE_LIMIT_SECONDS = 180.0
+LATECOMERS_LIMIT_SECONDS = 90.0
 PAGES_PER_MIB = 256
 BAR_WIDTH = 24
 INDENT, WIDTH = " " * 10, 100
@@ -76,6 +77,7 @@ class Demo:
             self.merge()
             self.serve_merged()
             self.check_merged()
+            self.merge_latecomers()
             self.stop_agent()
             self.unmerge_one_worker()
             self.unload_module()
@@ -171,6 +173,25 @@ class Demo:
             merged = self.watch.sample().merged_mappings
             say(f"(pagemap has {merged:,} mappings of merged pages in the fleet at this moment)")
             self.verify_pages()
+
+    def merge_latecomers(self) -> None:
+        title = "Hints at work: two new processes write the same, and then keep quiet"
+        with self.act("hints", title), latecomer.Latecomers() as newcomers:
+            last_write = newcomers.last_write_seconds()
+            deadline = last_write + LATECOMERS_LIMIT_SECONDS
+            while newcomers.merged_pages() < latecomer.PAGES and time.monotonic() < deadline:
+                time.sleep(0.1)
+            seconds = time.monotonic() - last_write
+            merged = newcomers.merged_pages()
+            self.facts["last_write_to_merged_seconds"] = seconds
+            self.facts["latecomers_merged_pages"] = merged
+            self.facts["hints"] = hints = mergemem.hints()
+            say(
+                f"{merged:,} pages of each were merged {seconds:.1f} s after the last write: "
+                f"the kernel told of {hints['faults']:,.0f} first touches, of "
+                f"{hints['events']:,.0f} forks, execs and exits, and lost {hints['lost']:,.0f} "
+                f"(source: {hints['source']}). The policy wants two looks, two seconds apart.",
+            )
 
     def stop_agent(self) -> None:
         announce("The agent gets SIGTERM")

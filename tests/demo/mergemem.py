@@ -20,7 +20,7 @@ from typing import Any
 MERGEMEM = (sys.executable, "-m", "mergemem_agent")
 MODULE = "mergemem"
 METRICS_URL = "http://127.0.0.1:9119/metrics"
-READY_LIMIT_SECONDS = 90
+READY_LIMIT_SECONDS = 180  # it compiles its BPF program first
 STOP_LIMIT_SECONDS = 30
 COMMAND_LIMIT_SECONDS = 180
 
@@ -142,3 +142,16 @@ def scrape() -> dict[str, float]:
             name, value = line.rsplit(" ", 1)
             samples[name] = float(value)
     return samples
+
+
+def hints() -> dict[str, Any]:
+    """Where the agent's hints come from, and how many there were."""
+    metrics = scrape()
+    (source,) = [name for name in metrics if name.startswith("mergemem_hints_source{")]
+    lost = [value for name, value in metrics.items() if name.startswith("mergemem_hints_lost")]
+    return {
+        "source": source.split('"')[1],
+        "faults": metrics['mergemem_hints_faults_total{kind="first_touch"}'],
+        "events": metrics["mergemem_hints_events_total"],
+        "lost": sum(lost),
+    }

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from tests.demo.latecomer import PAGES as LATECOMERS_PAGES
 from tests.demo.load import Response, in_window, read_log
 
 PAGE_BYTES = 4096
@@ -108,6 +109,9 @@ def figures(run: Run) -> dict[str, Any]:
         "checked_objects": inspected["checked_objects"],
         "agent_start_cpu_seconds": facts["agent_start_cpu_seconds"],
         "agent_budget_ratio": facts["metrics"]["mergemem_budget_ratio"],
+        "last_write_to_merged_seconds": facts["last_write_to_merged_seconds"],
+        "latecomers_merged_pages": facts["latecomers_merged_pages"],
+        "hints": facts["hints"],
         "agent_stop_seconds": facts["agent"]["seconds"],
         "latency": latencies,
         "kernel_log": list(run.kernel_log),
@@ -127,6 +131,10 @@ def failures(report: dict[str, Any]) -> list[str]:
     for key in ("wrong_responses", "wrong_pages", "kernel_log_findings"):
         if report[key]:
             found.append(f"{key} is {report[key]}, not 0")
+    if report["latecomers_merged_pages"] < LATECOMERS_PAGES:
+        found.append(f"latecomers share {report['latecomers_merged_pages']} pages")
+    if report["hints"]["source"] != "bpf":
+        found.append(f"hints come from {report['hints']['source']}, not from BPF")
     found += [f"kernel log: {line}" for line in report["kernel_log"]]
     by_frames, by_memory = (
         report["cross_check_frames_bytes"],
@@ -160,6 +168,8 @@ def table(report: dict[str, Any]) -> str:
         "cross-check": "free memory grew by "
         f"{_mib(report['cross_check_free_memory_bytes'])} while the frames became "
         f"{_mib(report['cross_check_frames_bytes'])} less",
+        "last write to merged": f"{report['last_write_to_merged_seconds']:.1f} s, by hints "
+        f"({report['hints']['source']}), for two processes that came late",
         "agent's CPU": f"{report['agent_cpu_seconds']:.1f} s, "
         f"{report['agent_start_cpu_seconds']:.1f} s of it to start; "
         f"budget {report['agent_budget_ratio']:.0%} of one core",

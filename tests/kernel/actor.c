@@ -93,6 +93,26 @@ static void do_fork(const struct command *command)
 		open_channel();
 }
 
+/*
+ * spawn COUNT EVERY MILLISECONDS: so many children that end at once, but for one of EVERY, which
+ * lives that long before it does
+ */
+static void do_spawn(const struct command *command)
+{
+	for (uint64_t child = 0; child < number(command, 1); child++) {
+		pid_t pid = fork();
+
+		if (pid < 0)
+			return failed("fork");
+		if (pid)
+			continue;
+		if (child % number(command, 2) == 0)
+			usleep(number(command, 3) * 1000);
+		_exit(0);
+	}
+	done();
+}
+
 /* exec: this program again, which connects by itself; the memory of before is gone. */
 static void do_exec(const struct command *command)
 {
@@ -135,6 +155,7 @@ static const struct {
 	void (*function)(const struct command *command);
 } commands[] = {
 	{ "fork", do_fork },
+	{ "spawn", do_spawn },
 	{ "exec", do_exec },
 	{ "exit", do_exit },
 	{ "crash", do_crash },

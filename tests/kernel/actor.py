@@ -9,6 +9,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import select
 import socket
@@ -252,7 +253,10 @@ class Stage:
         # Its parent ignores SIGCHLD, so it vanishes by itself, after its memory.
         try:
             descriptor = os.pidfd_open(actor.pid)
-        except ProcessLookupError:
+        except OSError as failure:
+            # EINVAL: its last moment, when it is no process any more and its pid still there.
+            if failure.errno not in (errno.ESRCH, errno.EINVAL):
+                raise
             return
         try:
             ended, _, _ = select.select([descriptor], [], [], ANSWER_SECONDS)

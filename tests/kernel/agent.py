@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 import urllib.request
+from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 
@@ -40,22 +41,32 @@ class Agent:
     """`mergemem agent` with one policy file, from its start to a clean stop."""
 
     def __init__(
-        self, directory: Path, policies: str, budget: str = "100%", settings: str = ""
+        self,
+        directory: Path,
+        policies: str,
+        budget: str = "100%",
+        settings: str = "",
+        hints: str = "none",
+        rescan: str = "1s",
+        prefix: Sequence[str] = (),
     ) -> None:
         self.policy_file = directory / "policies.yaml"
         self.log_file = directory / "agent.log"
         self.status_file = directory / "status.json"
         # Tests keep the guest's CPUs busy: that must not slow the agent down unasked.
         self._settings = f'budget: "{budget}", ' + (settings or 'cpu_pressure: "100%"')
+        # Compiling the BPF program takes longer than most tests: only where it is what is tested.
+        self._settings += f', hints: {hints}, rescan: "{rescan}"'
+        self._prefix = prefix  # of its command line
         self.write_policies(policies)
 
     def write_policies(self, policies: str) -> None:
         """Replace the policy file."""
-        settings = f'agent: {{{self._settings}, metrics_port: {PORT}, rescan: "1s"}}\n'
+        settings = f"agent: {{{self._settings}, metrics_port: {PORT}}}\n"
         self.policy_file.write_text(settings + policies)
 
     def __enter__(self) -> Agent:
-        words = [sys.executable, "-m", "mergemem_agent", "agent"]
+        words = [*self._prefix, sys.executable, "-m", "mergemem_agent", "agent"]
         words += ["--policy", str(self.policy_file), "--status-file", str(self.status_file)]
         with self.log_file.open("w") as log:
             self._process = subprocess.Popen(words, cwd=CHECKOUT, stderr=log)

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 import tomllib
@@ -30,12 +31,15 @@ HEALTHY = {
     "proc/self/uid_map": "         0          0 4294967295\n",
     "proc/meminfo": "MemTotal: 1000 kB\nMemAvailable:  500 kB\nSwapTotal:  0 kB\n",
     "proc/pressure/memory": "some avg10=0.00\n",
-    f"boot/config-{KERNEL}": "".join(f"{name}=y\n" for name in doctor.NEEDED_OPTIONS),
+    f"boot/config-{KERNEL}": "".join(
+        f"{name}=y\n" for name in (*doctor.NEEDED_OPTIONS, *doctor.BPF_OPTIONS)
+    ),
     f"lib/modules/{KERNEL}/updates/dkms/mergemem.ko": "ELF",
     "sys/module/mergemem/version": "0.1.0\n",
     "sys/module/module/parameters/sig_enforce": "N\n",
     "sys/kernel/security/lockdown": "[none] integrity confidentiality\n",
-    "sys/kernel/btf/vmlinux": "",
+    f"lib/modules/{KERNEL}/build/Makefile": "",
+    "sys/kernel/tracing/events/exceptions/page_fault_user/id": "1\n",
     "sys/kernel/mm/transparent_hugepage/enabled": "always [madvise] never\n",
     "sys/kernel/mm/ksm/run": "0\n",
     "etc/mergemem/mergemem.yaml": "policies:\n  - name: web\n    select:\n      user: root\n",
@@ -57,6 +61,9 @@ class Tree:
 
     def remove(self, path: str) -> None:
         (self.root / path).unlink()
+
+    def remove_all(self, path: str) -> None:
+        shutil.rmtree(self.root / path)
 
     def find(self, check: doctor.Check) -> list[Finding]:
         return list(check(Host(self.root)))
@@ -115,7 +122,7 @@ Break = Callable[[Tree], None]
         ),
         (lambda t: t.remove("proc/modules"), doctor.check_kernel, "cannot load modules"),
         (
-            lambda t: t.remove(f"lib/modules/{KERNEL}/updates/dkms/mergemem.ko"),
+            lambda t: t.remove_all(f"lib/modules/{KERNEL}"),
             doctor.check_installation,
             "headers",
         ),
@@ -160,6 +167,12 @@ def test_problems_are_found_with_what_to_do(
         ("sys/kernel/mm/ksm/run", "1", doctor.check_ksm, "running"),
         ("proc/self/status", "CapEff:\t0000000000000000\n", doctor.check_capabilities, "PTRACE"),
         (
+            f"boot/config-{KERNEL}",
+            "# CONFIG_BPF_SYSCALL is not set\n",
+            doctor.check_hints,
+            "CONFIG_BPF_SYSCALL",
+        ),
+        (
             "proc/meminfo",
             "MemTotal: 1000 kB\nMemAvailable: 49 kB\nSwapTotal: 0 kB\n",
             doctor.check_memory,
@@ -176,9 +189,20 @@ def test_notes_are_no_problems(
     assert said in finding.text
 
 
+def test_what_hints_lack_is_a_note(tree: Tree) -> None:
+    tree.remove("sys/kernel/tracing/events/exceptions/page_fault_user/id")
+    (tree.root / "sys/kernel/tracing/events/exceptions/page_fault_user").rmdir()
+    assert "reads count like writes" in tree.one(doctor.check_hints).text
+    tree.remove_all(f"lib/modules/{KERNEL}/build")
+    finding = tree.one(doctor.check_hints)
+    assert finding.severity is Severity.NOTE
+    assert "linux-headers" in finding.advice
+
+
 def test_headers_follow_an_absolute_link_within_the_root(tree: Tree) -> None:
-    tree.remove(f"lib/modules/{KERNEL}/updates/dkms/mergemem.ko")
+    tree.remove_all(f"lib/modules/{KERNEL}")
     link = tree.root / f"lib/modules/{KERNEL}/build"
+    link.parent.mkdir()
     link.symlink_to(f"/usr/src/linux-headers-{KERNEL}")
     assert Severity.PROBLEM in severities(tree.find(doctor.check_installation))
     tree.write(f"usr/src/linux-headers-{KERNEL}/Makefile", "")

@@ -128,7 +128,7 @@ def test_promtool_accepts_them(server: MetricsServer) -> None:
 def test_labels_never_name_a_process() -> None:
     assert {label for metric in METRICS for label in metric.labels} <= {
         "policy", "domain", "result", "stage", "outcome", "part", "mode", "resource", "version",
-        "contract_version",
+        "contract_version", "source", "reason", "kind",
     }  # fmt: skip
 
 

@@ -106,6 +106,15 @@ def demo(_: Arguments) -> int:
 
 def bench_kmod(arguments: Arguments) -> int:
     """The cost of one merge against KSM, on each kernel."""
+    return _bench("kmod", arguments)
+
+
+def bench_hints(arguments: Arguments) -> int:
+    """What hints cost a storm of page faults, on each kernel."""
+    return _bench("hints", arguments)
+
+
+def _bench(name: str, arguments: Arguments) -> int:
     with step("set up"):
         provision.packages()
         provision.environments()
@@ -113,7 +122,7 @@ def bench_kmod(arguments: Arguments) -> int:
         chosen = _chosen(arguments)
         for kernel in chosen:
             build.module(tree.get(kernel))
-    words = [str(provision.NEWEST / "bin/python"), "-m", "tests.bench.kmod"]
+    words = [str(provision.NEWEST / "bin/python"), "-m", f"tests.bench.{name}"]
     words += [kernel.name for kernel in chosen]
     environment = os.environ | {"PYTHONDONTWRITEBYTECODE": "1"}
     return subprocess.run(words, cwd=CHECKOUT, env=environment).returncode
@@ -154,6 +163,7 @@ COMMANDS: dict[str, Callable[[Arguments], int]] = {
     "demo": demo,
     "bench-kmod": bench_kmod,
     "bench": bench,
+    "bench-hints": bench_hints,
 }
 
 
