@@ -205,7 +205,10 @@ class Agent:
         if now - self._followed < self._source.poll_seconds:
             return False
         self._followed = now
-        return self._pipeline.follow_events()
+        changed = self._pipeline.follow_events()
+        if changed:
+            self._source.watch(target.process for target in self._pipeline.targets)
+        return changed
 
     def _hints(self) -> list[Hint]:
         return self._source.hints(target.process for target in self._pipeline.targets)

@@ -57,6 +57,9 @@ class HintSource(Protocol):
 
     poll_seconds: float  # how often there may be something new
 
+    def watch(self, processes: Iterable[ProcessId]) -> None:
+        """Have hints of these processes from now on, and of no others."""
+
     def hints(self, processes: Iterable[ProcessId]) -> list[Hint]:
         """Return what came since the last time, and watch these processes from now on."""
 
@@ -77,6 +80,9 @@ class NoHints:
     """No BPF here, or not wanted."""
 
     poll_seconds = math.inf
+
+    def watch(self, processes: Iterable[ProcessId]) -> None:
+        """Do nothing."""
 
     def hints(self, processes: Iterable[ProcessId]) -> list[Hint]:
         """Return none."""
@@ -135,9 +141,25 @@ class BpfHints:
         """One fault in so many is counted."""
         return self._sampling
 
+    def watch(self, processes: Iterable[ProcessId]) -> None:
+        """Have the faults and the end of these processes counted, and of no others."""
+        wanted = {process.pid: process for process in processes}
+        for pid in self._watched.keys() - wanted.keys():
+            self._program.targets.delete(pid)
+            del self._watched[pid]
+        for pid in wanted.keys() - self._watched.keys():
+            try:
+                self._program.targets.write(pid, 1)
+            except OSError:  # full: this one is found and scanned all the same, without hints
+                self._lost["filter_full"] += 1
+            else:
+                self._watched[pid] = wanted[pid]
+        # The same pid may be another process by now.
+        self._watched.update((pid, wanted[pid]) for pid in self._watched)
+
     def hints(self, processes: Iterable[ProcessId]) -> list[Hint]:
         """Drain the counts, at most once in DRAIN_SECONDS; no region comes twice."""
-        self._watch({process.pid: process for process in processes})
+        self.watch(processes)
         now = time.monotonic()
         if (passed := now - self._drained) < self._drain_seconds:
             return []
@@ -201,21 +223,6 @@ class BpfHints:
         fresh = lost - self._lost["events"]
         self._lost["events"] = lost
         return fresh > 0
-
-    def _watch(self, processes: dict[int, ProcessId]) -> None:
-        """Have the faults and the end of these processes counted, and of no others."""
-        for pid in self._watched.keys() - processes.keys():
-            self._program.targets.delete(pid)
-            del self._watched[pid]
-        for pid in processes.keys() - self._watched.keys():
-            try:
-                self._program.targets.write(pid, 1)
-            except OSError:  # full: this one is found and scanned all the same, without hints
-                self._lost["filter_full"] += 1
-            else:
-                self._watched[pid] = processes[pid]
-        # The same pid may be another process by now.
-        self._watched.update((pid, processes[pid]) for pid in self._watched)
 
     def _drain(self, sampling: int) -> list[Hint]:
         """Empty the map that was written to until now, and go on with another N."""

@@ -58,11 +58,14 @@ class Fleet:
             raise FleetError(f"gunicorn ended with {status}:\n{self.log.read_text()}")
 
 
+def python() -> str:
+    """The interpreter as the user sees it; its own path may lie where the user must not look."""
+    return str(BOUND_CHECKOUT / Path(sys.prefix).relative_to(CHECKOUT) / "bin/python")
+
+
 def command() -> list[str]:
     """What starts the fleet, as its operator would write it."""
-    # The venv as the user sees it; its own paths may lie where the user must not look.
-    venv = BOUND_CHECKOUT / Path(sys.prefix).relative_to(CHECKOUT)
-    words = [f"{venv}/bin/python", f"{venv}/bin/gunicorn", "--preload"]
+    words = [python(), str(Path(python()).with_name("gunicorn")), "--preload"]
     words += ["--workers", str(WORKERS), "--worker-class", "sync"]
     words += ["--config", "python:tests.demo.gunicorn_settings"]
     return [*words, "tests.demo.application:application"]

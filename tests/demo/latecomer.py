@@ -38,7 +38,7 @@ class Latecomers:
 
     def __init__(self) -> None:
         words = ["setpriv", f"--reuid={fleet.USER_ID}", f"--regid={fleet.USER_ID}"]
-        words += ["--clear-groups", "--", sys.executable, "-m", "tests.demo.latecomer"]
+        words += ["--clear-groups", "--", fleet.python(), "-m", "tests.demo.latecomer"]
         self._processes = [
             subprocess.Popen(
                 words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=fleet.BOUND_CHECKOUT

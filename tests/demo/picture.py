@@ -30,6 +30,7 @@ LABELS = {
     "merge": "mergemem agent\nmerges",
     "after": "customers\nonly",
     "check": "all pages\nchecked",
+    "hints": "two processes\ncome late",
     "unmerge": "one worker\nunmerged",
     "unload": "module\nunloaded",
     "read": "every worker\nreads all it has",
