@@ -231,7 +231,7 @@ def test_counters_and_totals(stage: Stage, client: Client) -> None:
     bob.write(299, bob.original(299) ^ 1)
     client.merge(*pairs(alice, bob))
     after = client.info()
-    assert after.contract_version == 2
+    assert after.contract_version == 3
     assert after.module_version
     gained = [new - old for new, old in zip(after.results, before.results, strict=True)]
     # Of the two pages that differ, one was compared with the other's copy, which nobody joined.
