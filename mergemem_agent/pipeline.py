@@ -59,6 +59,10 @@ CHEAP_INDEX_PAGES: Final = 65536
 # Hints are taken in at the start of a round, and so often while it lasts.
 HINT_SECONDS: Final = 1.0
 
+# A round scans for so long at most before it turns to what that has found: where memory is written
+# to all the time, there is always something to scan.
+SCAN_SECONDS: Final = 5.0
+
 # With events of forks, execs and exits, /proc need not be read in full as often: in so many times
 # the policy file's `rescan`.
 FOLLOWED_RESCANS: Final = 6
@@ -113,7 +117,10 @@ class Pipeline:
         """Do all that is due now, stage by stage. Raises ModuleMissing, and what `pace` raises."""
         self.find_targets()
         self._take_hints()
+        end = time.monotonic() + SCAN_SECONDS
         while not self._sync_is_due() and (self._read_mappings() or self._scan(module, limits)):
+            if time.monotonic() >= end:
+                break
             if time.monotonic() >= self._hinted + HINT_SECONDS:
                 self._take_hints()
         self._replace_zeros(module, limits)

@@ -16,6 +16,7 @@ from typing import Any, cast
 import numpy as np
 import pytest
 
+from mergemem_agent import pipeline
 from mergemem_agent.budget import Budget
 from mergemem_agent.contract import DEPTH_FULL_BYTES, GROUP_ZERO, RECORD, RESULT, Result, State
 from mergemem_agent.info import Limits
@@ -288,6 +289,26 @@ def test_saved_bytes_agree_with_the_frames(scene: Scene) -> None:
     scene.until(lambda: scene.pipeline.memory()["scene"].merged_pages == SHARED * PROCESSES)
     memory = scene.pipeline.memory()["scene"]
     assert memory.saved_bytes == pytest.approx(4096 * SHARED * (PROCESSES - 1))
+
+
+def test_endless_scanning_keeps_nothing_from_being_merged(
+    scene: Scene, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where memory is written to all the time, some region is always due."""
+    hourly = AgentSettings(rescan_seconds=3600)
+    policies = PolicySet(agent=hourly, policies=(scene.policy,))
+    scene.pipeline.change_policies(policies, Budget(100.0, {}))
+    scan, deadline = scene.pipeline._scan, time.monotonic() + 60
+
+    def always_due(module: Module, limits: Limits) -> bool:
+        assert time.monotonic() < deadline, "the round does not end"
+        scan(module, limits)
+        time.sleep(0.001)
+        return True
+
+    monkeypatch.setattr(scene.pipeline, "_scan", always_due)
+    monkeypatch.setattr(pipeline, "SCAN_SECONDS", 0.1)
+    scene.until_frames(ALL_SHARED)
 
 
 def test_one_look_is_not_enough(scene: Scene) -> None:
