@@ -8,6 +8,7 @@ once, and why most of that memory is given back right after.
 from __future__ import annotations
 
 import ctypes
+import gc
 import os
 import re
 import threading
@@ -235,6 +236,7 @@ def give_memory_back() -> None:
     Pages of its libraries that are never used again cost nothing but address space; should one be
     used all the same, it is read from the file again.
     """
+    gc.collect()  # what BCC's Python part has left in circles keeps whole arenas
     libc = ctypes.CDLL(None)
     libc.malloc_trim(0)
     with open("/proc/self/maps", encoding="utf-8") as file:
