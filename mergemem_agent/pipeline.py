@@ -15,7 +15,8 @@ from __future__ import annotations
 import logging
 import time
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -105,6 +106,7 @@ class Pipeline:
         self._events = events
         self._news: defaultdict[Pool, _News] = defaultdict(_News)  # since the last search
         self._searched: dict[Pool, float] = {}
+        self._tables_in_use = False  # by a search, or a list of requests in the making
         self._zeros = False  # some have settled
         self._synced = -float("inf")
         self._hinted = -float("inf")
@@ -217,11 +219,23 @@ class Pipeline:
         return cpu_seconds
 
     def _follow(self) -> None:
-        """Let go of what is known of processes that are no targets any more."""
+        """Let go of what is known of processes that are no targets any more, if nobody uses it."""
+        self._memory = None
+        if self._tables_in_use:
+            return
         for regions in self.queue.follow():
             regions.forget()
             self.counts.flow.take(regions)
-        self._memory = None
+
+    @contextmanager
+    def _keep_tables(self) -> Iterator[None]:
+        """Let nobody's tables go meanwhile: events may tell of the end of a process at any pace."""
+        self._tables_in_use = True
+        try:
+            yield
+        finally:
+            self._tables_in_use = False
+            self._follow()
 
     def _take_hints(self) -> None:
         self._hinted = time.monotonic()
@@ -301,10 +315,11 @@ class Pipeline:
         caps = Caps(self.targets.policies, self.memory())
         seconds, whole = 0.0, False
         try:
-            for request in search(memories, pool.rules, limits, partners, samples):
-                seconds += self._paid("index", targets[0])
-                self._pace()
-                self._merge_within(caps, module, targets, request)
+            with self._keep_tables():
+                for request in search(memories, pool.rules, limits, partners, samples):
+                    seconds += self._paid("index", targets[0])
+                    self._pace()
+                    self._merge_within(caps, module, targets, request)
             seconds += self._paid("index", targets[0])
             whole = True
         finally:
@@ -324,8 +339,9 @@ class Pipeline:
         self._zeros = False
         targets = [target for target in self.targets if target.policy.zero_pages]
         memories = [target.regions for target in targets]
-        for request in zero_requests(memories, limits.max_candidates, limits.max_processes):
-            self._merge(module, targets, request)
+        with self._keep_tables():
+            for request in zero_requests(memories, limits.max_candidates, limits.max_processes):
+                self._merge(module, targets, request)
 
     def _merge_within(
         self, caps: Caps, module: Module, targets: list[Target], request: Request

@@ -19,6 +19,7 @@ import pytest
 from mergemem_agent import pipeline
 from mergemem_agent.budget import Budget
 from mergemem_agent.contract import DEPTH_FULL_BYTES, GROUP_ZERO, RECORD, RESULT, Result, State
+from mergemem_agent.hint import ProcessEvents
 from mergemem_agent.info import Limits
 from mergemem_agent.module import AccessDenied, Module, ModuleMissing, Run
 from mergemem_agent.pipeline import Pipeline
@@ -33,7 +34,9 @@ from mergemem_agent.policy import (
     Selector,
 )
 from mergemem_agent.procfs import ProcessId, ProcFs
-from mergemem_agent.region import REGION_SHIFT
+from mergemem_agent.region import REGION_SHIFT, Regions
+from mergemem_agent.search import search
+from mergemem_agent.zero import zero_requests
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
@@ -311,6 +314,44 @@ def test_endless_scanning_keeps_nothing_from_being_merged(
     scene.until_frames(ALL_SHARED)
 
 
+def test_a_process_may_end_in_the_middle_of_a_search(
+    scene: Scene, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its pages are among those that the search is about, and have found partners in it."""
+    last = max(process.pid for process in scene.processes)
+    searching, ended = [False], [False]
+
+    def watched(*arguments: Any) -> Iterator[Any]:
+        searching[0] = True
+        yield from search(*arguments)
+        searching[0] = False
+
+    def events() -> ProcessEvents:
+        if not searching[0] or ended[0]:
+            return ProcessEvents()
+        ended[0] = True
+        return ProcessEvents(ended=frozenset([last]))
+
+    def write_the_same() -> None:
+        for process in scene.module.base:
+            scene.module.write(process, 2, 10**6 + scene.pipeline.counts.rounds)
+
+    def pace() -> None:
+        scene.pipeline.follow_events()
+
+    monkeypatch.setattr(pipeline, "search", watched)
+    monkeypatch.setattr(scene.pipeline, "_events", events)
+    scene.pace = pace
+    deadline = time.monotonic() + 60
+    while not ended[0]:
+        assert time.monotonic() < deadline
+        write_the_same()
+        scene.rounds(1)
+    scene.rounds(2)
+    assert scene.pipeline.counts.results[Result.SUCCESS] > 0
+    assert last not in {target.process.pid for target in scene.pipeline.targets}
+
+
 def test_one_look_is_not_enough(scene: Scene) -> None:
     settle_slowly = replace(scene.policy, settle_seconds=1000)
     scene.pipeline.change_policies(PolicySet(policies=(settle_slowly,)), Budget(100.0, {}))
@@ -474,6 +515,34 @@ def test_a_policy_may_leave_zeros_alone(zero_scene: Scene) -> None:
     zero_scene.rounds(5)
     assert zero_scene.module.requests == 0
     assert zero_scene.pipeline.memory()["scene"].zero_pages == 100 * PROCESSES
+
+
+def test_a_process_may_end_while_its_zeros_are_replaced(
+    zero_scene: Scene, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its table is still being read: it goes afterwards, not meanwhile."""
+    targets_left, pages_meanwhile = list[int](), list[int]()
+
+    def watched(processes: Sequence[Regions], *limits: int) -> Iterator[Any]:
+        for request in zero_requests(processes, *limits):
+            yield request
+            targets_left.append(len(list(zero_scene.pipeline.targets)))
+            pages_meanwhile.append(sum(regions.pages for regions in processes))
+
+    def events() -> ProcessEvents:
+        return ProcessEvents(ended=ended) if zero_scene.module.requests else ProcessEvents()
+
+    def pace() -> None:
+        zero_scene.pipeline.follow_events()
+
+    ended = frozenset(process.pid for process in zero_scene.processes)
+    monkeypatch.setattr(pipeline, "zero_requests", watched)
+    monkeypatch.setattr(zero_scene.pipeline, "_events", events)
+    zero_scene.pace = pace
+    zero_scene.until(lambda: bool(targets_left))
+    assert targets_left[0] == 0
+    assert pages_meanwhile[0] == PROCESSES * PAGES
+    assert zero_scene.pipeline.memory()["scene"].remembered_pages == 0
 
 
 # --- huge pages ----------------------------------------------------------------------------------
