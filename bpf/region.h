@@ -1,6 +1,6 @@
 /* SPDX-License-Identifier: GPL-2.0 */
 /*
- * The key of a region, in one word: mergemem_agent/hint_map.py takes it apart.
+ * The key of a region, in one word: mergemem_agent/hint_source.py takes it apart.
  */
 #ifndef MERGEMEM_REGION_H
 #define MERGEMEM_REGION_H

@@ -80,6 +80,14 @@ class HintProgram:
         self.kind = SourceKind.PROC  # until count_faults()
         self.perf_sampling = PERF_SAMPLING
         self._bpf: Any = _compile(sizes)
+        try:
+            self._begin()
+        except BaseException:
+            self.close()
+            raise
+
+    def _begin(self) -> None:
+        """Report events, and find all maps."""
         self._attach("raw_tracepoint", tp=b"task_newtask", fn_name=b"on_fork")
         self._attach("raw_tracepoint", tp=b"sched_process_exec", fn_name=b"on_exec")
         self._attach("raw_tracepoint", tp=b"sched_process_exit", fn_name=b"on_exit")
@@ -104,7 +112,7 @@ class HintProgram:
         Its header would take longer to compile than all the rest. So a thread of this process is
         copied as it ends, and its two pids looked for.
         """
-        copy = BpfMap(self._descriptor("task_copy"), "u4", f"({TASK_BYTES // 4},)u4")
+        copy = BpfMap(self._descriptor("task_copy"), "u4", f"V{TASK_BYTES}")
         self.settings.write(0, (0, 0, 0, 0, os.getpid()))
         thread = threading.Thread(target=lambda: None, name="pid offset")
         thread.start()
@@ -112,9 +120,10 @@ class HintProgram:
         thread.join()
         deadline = time.monotonic() + _COPY_SECONDS
         while time.monotonic() < deadline:  # it is gone for Python before it is for the kernel
-            words = copy.read(0).ravel()
+            words = np.frombuffer(copy.read(0).tobytes(), np.uint32)
             places = np.flatnonzero((words[:-1] == pids[0]) & (words[1:] == pids[1]))
             if len(places) == 1:
+                copy.write(0, bytes(TASK_BYTES))  # the rest of it is nobody's business
                 return int(places[0]) * 4
             time.sleep(0.01)
         raise NoProgram("the kernel does not let the program see the pids of new processes")

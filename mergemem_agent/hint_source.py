@@ -300,11 +300,14 @@ def open_hints(wanted: bool, load: Callable[[], HintProgram] = HintProgram) -> H
     if not wanted:
         log.info("hints: switched off; processes are found in /proc, regions visited in turn")
         return NoHints()
+    program: HintProgram | None = None
     try:
         program = load()
         _count_faults(program)
         give_memory_back()
     except NoProgram as failure:
+        if program:
+            program.close()
         log.warning(
             "hints: none; processes are found in /proc, regions visited in turn: %s%s",
             failure.message, f" ({failure.hint})" if failure.hint else "",
