@@ -5,7 +5,6 @@ The model keeps one page table per process, in the first region of it: contents,
 counts. What the real module makes of such requests is tested in tests/kernel.
 """
 
-import os
 import subprocess
 import time
 from collections import Counter
@@ -37,10 +36,10 @@ from mergemem_agent.procfs import ProcessId, ProcFs
 from mergemem_agent.region import REGION_SHIFT, Regions
 from mergemem_agent.search import search
 from mergemem_agent.zero import zero_requests
+from tests.unit.sleeper import SLEEPER
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
-SLEEPER = os.path.realpath("/bin/sleep")
 PAGES = 300
 PROCESSES = 3
 ZEROS = -1  # the content of a page of zeros

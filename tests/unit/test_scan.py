@@ -20,8 +20,8 @@ from mergemem_agent.region import REGION_BYTES
 from mergemem_agent.scan import MAPPINGS_HINT_SECONDS, ScanQueue, region_numbers
 from mergemem_agent.schedule import MAX_HINTS
 from mergemem_agent.targets import Targets
+from tests.unit.sleeper import SLEEPER
 
-SLEEPER = os.path.realpath("/bin/sleep")
 SLEEPERS = PolicySet(policies=(Policy(name="sleepers", select=Selector(executable=Glob(SLEEPER))),))
 NOBODY = PolicySet()
 

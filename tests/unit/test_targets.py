@@ -15,8 +15,8 @@ from mergemem_agent.hint import ProcessEvents
 from mergemem_agent.policy import Glob, Policy, PolicySet, Selector
 from mergemem_agent.procfs import ProcFs
 from mergemem_agent.targets import MAX_WAITING, Targets
+from tests.unit.sleeper import SLEEPER
 
-SLEEPER = os.path.realpath("/bin/sleep")
 SLEEPERS = PolicySet(policies=(Policy(name="sleepers", select=Selector(executable=Glob(SLEEPER))),))
 
 
