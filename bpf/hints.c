@@ -143,14 +143,17 @@ int on_perf_fault(struct perf_fault *ctx)
 	return 0;
 }
 
-/* Nobody is woken: the agent looks often enough, and a storm must not make it look more often. */
+/*
+ * Whoever waits for the buffer is woken by the first event after it was emptied, and by no others: a
+ * storm wakes the agent as often as that chooses to empty it.
+ */
 static inline void report(enum event_kind kind, u32 pid)
 {
 	struct event event = { kind, pid };
 	struct totals *total;
 	u32 zero = 0;
 
-	if (!events.ringbuf_output(&event, sizeof(event), BPF_RB_NO_WAKEUP))
+	if (!events.ringbuf_output(&event, sizeof(event), 0))
 		return;
 	total = totals.lookup(&zero);
 	if (total)

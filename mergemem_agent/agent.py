@@ -13,6 +13,7 @@ import argparse
 import contextlib
 import json
 import logging
+import math
 import os
 import select
 import signal
@@ -45,9 +46,16 @@ log = logging.getLogger(__name__)
 
 STATUS_FILE: Final = Path("/run/mergemem/status.json")
 
-# How often a missing module is looked for, and a snapshot is taken.
+# How often a missing module is looked for.
 MODULE_SECONDS: Final = 1.0
+
+# How often a snapshot is taken while there is work, and while there is none.
 SNAPSHOT_SECONDS: Final = 2.0
+IDLE_SNAPSHOT_SECONDS: Final = 10.0
+
+# How often the agent looks around without being woken: for hints, and for processes that have grown
+# into a policy.
+IDLE_SECONDS: Final = 2.0
 
 
 class _RoundOver(Exception):
@@ -81,12 +89,15 @@ class Signals:
         """Whether there is something to react to."""
         return self.stop or self.reload
 
-    def sleep(self, seconds: float) -> None:
-        """Sleep, but not beyond a signal."""
+    def sleep(self, seconds: float, descriptor: int | None = None) -> None:
+        """Sleep, but not beyond a signal, nor beyond the moment when `descriptor` is readable."""
         if self.pending or seconds <= 0:
             return
-        readable, _, _ = select.select([self._wake_reader], [], [], seconds)
-        if readable:
+        waited_for = [self._wake_reader.fileno()]
+        if descriptor is not None:
+            waited_for.append(descriptor)
+        readable, _, _ = select.select(waited_for, [], [], seconds)
+        if waited_for[0] in readable:
             self._wake_reader.recv(4096)
 
 
@@ -126,7 +137,7 @@ class Agent:
         self._limits: Limits | None = None
         self._missing_told = ""
         self._followed = 0.0  # when events were last taken
-        self._snapshot_due = 0.0
+        self._snapshot_taken = self._snapshot_due = 0.0
         self._snapshot = self._take_snapshot()
         settings = self._policies.agent
         self._server = MetricsServer(
@@ -180,6 +191,7 @@ class Agent:
 
     def _pace(self) -> None:
         """Pause after a slice as the budget demands. Raises _RoundOver when a signal came."""
+        self._snapshot_due = min(self._snapshot_due, self._snapshot_taken + SNAPSHOT_SECONDS)
         self._publish()
         self._follow()
         while not self._signals.pending and (wait := self._budget.wait_seconds()) > 0:
@@ -195,20 +207,32 @@ class Agent:
         end = time.monotonic() + seconds
         while not self._signals.pending and (left := end - time.monotonic()) > 0:
             self._publish()
-            self._signals.sleep(min(left, SNAPSHOT_SECONDS, self._source.poll_seconds))
+            # Events that have only just been taken are not waited for: more would come at once.
+            rest = self._followed + self._source.poll_seconds - time.monotonic()
+            if 0 < rest < math.inf:
+                self._signals.sleep(min(left, rest))
+            else:
+                self._signals.sleep(min(left, IDLE_SECONDS), self._source.descriptor())
             if self._follow() or self._source.has_hints():
                 return
 
     def _follow(self) -> bool:
         """Take in which processes came and went, in the middle of whatever goes on."""
         now = time.monotonic()
-        if now - self._followed < self._source.poll_seconds:
+        passed = now - self._followed
+        if passed < self._source.poll_seconds:
+            return False
+        if passed < IDLE_SECONDS and not self._pipeline.targets.waiting and not self._have_events():
             return False
         self._followed = now
         changed = self._pipeline.follow_events()
         if changed:
             self._source.watch(target.process for target in self._pipeline.targets)
         return changed
+
+    def _have_events(self) -> bool:
+        descriptor = self._source.descriptor()
+        return descriptor is not None and bool(select.select([descriptor], [], [], 0)[0])
 
     def _hints(self) -> list[Hint]:
         return self._source.hints(target.process for target in self._pipeline.targets)
@@ -294,7 +318,7 @@ class Agent:
         now = time.monotonic()
         if now < self._snapshot_due and not force:
             return
-        self._snapshot_due = now + SNAPSHOT_SECONDS
+        self._snapshot_taken, self._snapshot_due = now, now + IDLE_SNAPSHOT_SECONDS
         self._budget.set_percent(self._pressure.budget_percent())
         self._snapshot = snapshot = self._take_snapshot()
         self._write_status(snapshot)

@@ -77,20 +77,24 @@ class BpfMap:
         self._descriptor = descriptor
         self._key, self._value = np.dtype(key), np.dtype(value)
         self._values_each = possible_cpus() if per_cpu else 1
+        # Of single entries, made once: to make them takes longer than the call.
+        self._one_key = np.zeros(1, self._key)
+        self._one_value = np.zeros(self._values_each, self._value)
+        self._element = _Element(map_fd=descriptor, key=self._one_key.ctypes.data)
 
     def read(self, key: int) -> Array:
         """Return the values of one entry, one for each CPU. Raises OSError: ENOENT, no such key."""
-        values = np.zeros(self._values_each, self._value)
-        _check(self._one(_LOOKUP, key, values))
-        return values
+        _check(self._one(_LOOKUP, key))
+        return self._one_value.copy()
 
     def write(self, key: int, value: Any) -> None:
         """Set the value of one entry. Raises OSError: E2BIG, the map is full."""
-        _check(self._one(_UPDATE, key, np.array([value], self._value)))
+        self._one_value[0] = value
+        _check(self._one(_UPDATE, key))
 
     def delete(self, key: int) -> None:
         """Drop one entry, if it is there."""
-        failure = self._one(_DELETE, key, None)
+        failure = self._one(_DELETE, key)
         _check(0 if failure == errno.ENOENT else failure)
 
     def take(self) -> tuple[Array, Array]:
@@ -115,9 +119,8 @@ class BpfMap:
             attributes.in_batch = ctypes.addressof(position)
         return np.concatenate(keys), np.concatenate(values)
 
-    def _one(self, command: int, key: int, values: Array | None) -> int:
-        keys = np.array([key], self._key)
-        attributes = _Element(map_fd=self._descriptor, key=keys.ctypes.data)
-        if values is not None:  # what a command does not use has to be zero
-            attributes.value = values.ctypes.data
-        return _bpf(command, attributes)
+    def _one(self, command: int, key: int) -> int:
+        self._one_key[0] = key
+        # What a command does not use has to be zero.
+        self._element.value = 0 if command == _DELETE else self._one_value.ctypes.data
+        return _bpf(command, self._element)

@@ -93,6 +93,7 @@ class HintProgram:
         self._attach("raw_tracepoint", tp=b"sched_process_exit", fn_name=b"on_exit")
         self._events: list[tuple[int, int]] = []
         self._bpf[b"events"].open_ring_buffer(self._take_event)
+        self.events_descriptor = self._descriptor("events")
         self.settings = BpfMap(self._descriptor("settings"), "u4", SETTINGS)
         self._pid_offset = self._find_pid_offset()
         self.totals = BpfMap(self._descriptor("totals"), "u4", TOTALS, per_cpu=True)

@@ -41,6 +41,7 @@ log = logging.getLogger(__name__)
 
 DRAIN_SECONDS: Final = 1.0
 EVENT_SECONDS: Final = 0.25  # how often it is worth asking for events
+LOSS_DRAINS: Final = 5  # lost events are looked for every so many times DRAIN_SECONDS
 
 # Counting one takes some 150 ns, so this is 0.015 % of one CPU.
 SAMPLED_PER_SECOND: Final = 1_000
@@ -55,7 +56,7 @@ _MEMBARRIER_GLOBAL: Final = 1
 class HintSource(Protocol):
     """What the agent asks, whether there is anything to be had or not."""
 
-    poll_seconds: float  # how often there may be something new
+    poll_seconds: float  # events are not worth being taken more often
 
     def watch(self, processes: Iterable[ProcessId]) -> None:
         """Have hints of these processes from now on, and of no others."""
@@ -65,6 +66,9 @@ class HintSource(Protocol):
 
     def has_hints(self) -> bool:
         """Tell whether it is time for hints() and there may be some."""
+
+    def descriptor(self) -> int | None:
+        """Return what can be waited for: it is readable while there are events."""
 
     def events(self) -> ProcessEvents | None:
         """Return what came since the last time; None: this source has no events."""
@@ -92,6 +96,9 @@ class NoHints:
     def has_hints(self) -> bool:
         """Tell that there are none."""
         return False
+
+    def descriptor(self) -> None:
+        """Tell that there is nothing to wait for."""
 
     def events(self) -> None:
         """Tell that there are none, ever: look into /proc."""
@@ -179,6 +186,10 @@ class BpfHints:
             return True
         return bool(totals["sampled"] - self._sampled > SAMPLED_PER_SECOND * passed)
 
+    def descriptor(self) -> int:
+        """Return that of the ring buffer."""
+        return self._program.events_descriptor
+
     def events(self) -> ProcessEvents:
         """Take all events out of the ring buffer."""
         events = self._program.take_events()
@@ -190,7 +201,7 @@ class BpfHints:
                 pids[EVENT_FORK].discard(pid)
                 pids[EVENT_EXEC].discard(pid)
                 self._watched.pop(pid, None)
-        complete = not self._events_were_lost()
+        complete = not self._events_were_lost(asked=bool(events))
         return ProcessEvents(
             forked=frozenset(pids[EVENT_FORK]),
             executed=frozenset(pids[EVENT_EXEC]),
@@ -213,12 +224,17 @@ class BpfHints:
         """Take the program out of the kernel."""
         self._program.close()
 
-    def _events_were_lost(self) -> bool:
-        """Tell whether the ring buffer was full, or the programs were not run, since last asked."""
+    def _events_were_lost(self, asked: bool) -> bool:
+        """Tell whether the ring buffer was full, or the programs were not run, since last asked.
+
+        Looked for when it is `asked` for, as events have come, and now and then.
+        """
         now = time.monotonic()
-        if now - self._looked_for_misses >= self._drain_seconds:
+        if now - self._looked_for_misses >= self._drain_seconds * LOSS_DRAINS:
             self._looked_for_misses = now
             self._events_missed = self._program.missed()[1] - self._base_missed[1]
+        elif not asked:
+            return False
         lost = int(self._totals()["events_lost"]) - self._base_events_lost + self._events_missed
         fresh = lost - self._lost["events"]
         self._lost["events"] = lost
@@ -284,9 +300,9 @@ class BpfHints:
         self._program.configure(self._epoch, salt, highest)
 
     def _totals(self) -> Any:
-        """Return the totals of all CPUs, added up."""
+        """Return the totals of all CPUs, added up: one TOTALS."""
         cpus = self._program.totals.read(0)
-        return {name: cpus[name].sum(axis=0) for name in cpus.dtype.names or ()}
+        return cpus.view(np.uint64).reshape(len(cpus), -1).sum(axis=0).view(cpus.dtype)[0]
 
 
 def next_sampling(sampling: int, faults_per_second: float) -> int:
