@@ -26,6 +26,9 @@ from typing import Final
 # and the slice that overdraws it together.
 BURST_SECONDS: Final = 0.5
 
+# Of a full balance, what one slice should take.
+_SLICE_SHARE: Final = 0.4
+
 # A budget of nothing would wait for ever; this one works a second a day.
 _LEAST_PERCENT: Final = 0.001
 
@@ -99,6 +102,11 @@ class Budget:
     def percent(self) -> float:
         """What the agent may take of one CPU at present."""
         return self._agent.percent
+
+    @property
+    def slice_seconds(self) -> float:
+        """How much CPU time a slice should take, where that can be chosen."""
+        return self._agent.percent / 100 * BURST_SECONDS * _SLICE_SHARE
 
     def set_percent(self, percent: float) -> None:
         """Let the agent take `percent` of one CPU, and each policy its own in proportion."""

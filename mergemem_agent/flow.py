@@ -27,7 +27,8 @@ class Flow:
 
     def take(self, regions: Regions) -> None:
         """Add the moves that some regions have counted since this was called last."""
-        self._moves += regions.take_moves().reshape(STAGES, STAGES)
+        if len(regions.moves):
+            self._moves += regions.take_moves().reshape(STAGES, STAGES)
 
     def copy(self) -> Flow:
         """Return a copy that does not change when this one does."""

@@ -16,7 +16,7 @@ from mergemem_agent.error import MergememError
 from mergemem_agent.info import Limits
 from mergemem_agent.merge import Request
 from mergemem_agent.module import Module, NoSuchProcess
-from mergemem_agent.order import SLICE_REGIONS, Slice
+from mergemem_agent.order import Slice, neighbours
 from mergemem_agent.policy import DomainKind, HugePages, NumaNodes, Policy, Selector
 from mergemem_agent.procfs import Process, ProcFs
 from mergemem_agent.scan import look, region_numbers
@@ -43,6 +43,9 @@ MEANING: Final = {
     Result.ZEROED: "zeros, replaced by the kernel's zero page",
     Result.NODE: "on another NUMA node than its group",
 }
+
+# For one look, of at most 128 MiB of address space then.
+_SLICES_AT_ONCE: Final = 4
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -153,17 +156,14 @@ def _scan(module: Module, target: Target, limits: Limits) -> None:
     """Look once at all memory of a process."""
     target.regions.replace(region_numbers(ProcFs().mappings(target.process.pid)))
     numbers = target.regions.rows["number"]
-    first = 0
-    while first < len(numbers):
-        count = 1
-        while (
-            count < SLICE_REGIONS
-            and first + count < len(numbers)
-            and numbers[first + count] == numbers[first] + np.uint64(count)
-        ):
-            count += 1
-        look(module, Slice(target, first, count), limits.max_mappings, everything=True)
-        first += count
+    starts = neighbours(numbers)
+    counts = np.diff(starts, append=len(numbers))
+    slices = [Slice(target, *each) for each in zip(starts.tolist(), counts.tolist(), strict=True)]
+    for first in range(0, len(slices), _SLICES_AT_ONCE):
+        batch = slices[first : first + _SLICES_AT_ONCE]
+        looked = look(module, batch, limits.max_mappings, everything=True)
+        for _, failure in looked.failed:
+            raise failure
     target.regions.settle()
 
 

@@ -47,6 +47,17 @@ class Slice:
     count: int
     sampled: bool = True  # samples of all pages are due
     straight: bool = False  # do not sample, read all of it in full
+    cost_seconds: float = 0.0  # of CPU time, as expected
+
+    def goes_with(self, other: Slice) -> bool:
+        """Tell whether one look does for both: of the same kind, in processes that share."""
+        mine, yours = self.target, other.target
+        return (
+            self.sampled is other.sampled
+            and self.straight is other.straight
+            and mine.policy is yours.policy
+            and mine.domain == yours.domain
+        )
 
 
 class Plan:
@@ -70,22 +81,22 @@ class Plan:
         sampling = rows["sample"] <= now
         straight = (rows["looks"] == 0) & (share > costs.straight_share)
         expected, cost = _expectations(rows, share, sampling, straight, success, costs)
-        starts = _slices(rows["number"], of, sampling, straight)
+        starts = neighbours(rows["number"], of, sampling, straight)
         self._target = of[starts]
         self._number = rows["number"][starts]
         self._count = np.diff(starts, append=len(rows))
         self._sampled, self._straight = sampling[starts], straight[starts]
-        score = np.add.reduceat(expected, starts) / np.add.reduceat(cost, starts)
+        self._cost = np.add.reduceat(cost, starts)
+        score = np.add.reduceat(expected, starts) / self._cost
         self._order = _with_turns(score, np.minimum.reduceat(rows["due"], starts), now)
 
     def __len__(self) -> int:
         """Return how many slices are left."""
         return len(self._order) - self._next
 
-    def next(self) -> Slice | None:
+    def peek(self) -> Slice | None:
         """Return the next slice, or None when it is not there any more."""
         index = int(self._order[self._next])
-        self._next += 1
         target = self._targets[int(self._target[index])]
         number, count = int(self._number[index]), int(self._count[index])
         first = target.regions.find(number)
@@ -94,7 +105,12 @@ class Plan:
         numbers = target.regions.rows["number"][first : first + count]
         if len(numbers) < count or int(numbers[-1]) != number + count - 1:
             return None
-        return Slice(target, first, count, bool(self._sampled[index]), bool(self._straight[index]))
+        sampled, straight = bool(self._sampled[index]), bool(self._straight[index])
+        return Slice(target, first, count, sampled, straight, float(self._cost[index]))
+
+    def skip(self) -> None:
+        """Go on to the slice after the next."""
+        self._next += 1
 
 
 def _gather(
@@ -130,11 +146,15 @@ def _expectations(
     return expected, cost
 
 
-def _slices(numbers: Array, of: Array, sampling: Array, straight: Array) -> Array:
-    """Return where slices start: neighbours of one kind, SLICE_REGIONS of them at most."""
+def neighbours(numbers: Array, *kinds: Array) -> Array:
+    """Return where slices start: neighbours that are the same in all `kinds`, SLICE_REGIONS each.
+
+    `numbers` are those of regions, ascending for each process; so a process is one of the kinds.
+    """
     new = np.ones(len(numbers), dtype=np.bool_)
-    new[1:] = (np.diff(numbers) != 1) | (np.diff(of) != 0)
-    new[1:] |= (sampling[1:] != sampling[:-1]) | (straight[1:] != straight[:-1])
+    new[1:] = numbers[1:] - numbers[:-1] != 1
+    for kind in kinds:
+        new[1:] |= kind[1:] != kind[:-1]
     starts = np.flatnonzero(new)
     within = np.arange(len(numbers)) - np.repeat(starts, np.diff(starts, append=len(numbers)))
     cut: Array = np.flatnonzero(within % SLICE_REGIONS == 0)

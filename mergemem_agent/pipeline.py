@@ -15,7 +15,7 @@ from __future__ import annotations
 import logging
 import time
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Final
@@ -42,10 +42,11 @@ from mergemem_agent.module import (
 from mergemem_agent.order import Slice
 from mergemem_agent.policy import PolicySet
 from mergemem_agent.procfs import ProcFs
-from mergemem_agent.region import Look, Regions
+from mergemem_agent.region import Regions
 from mergemem_agent.scan import ScanQueue, look
 from mergemem_agent.search import Partners, search
 from mergemem_agent.targets import Pool, Target, Targets
+from mergemem_agent.window import Look
 from mergemem_agent.zero import zero_requests
 
 Array = np.ndarray[Any, np.dtype[Any]]
@@ -250,24 +251,23 @@ class Pipeline:
 
     def _scan(self, module: Module, limits: Limits) -> bool:
         """Look at what promises most; False: nothing is due."""
-        work = self.queue.next(self._may_spend)
-        if work is None:
+        batch = self.queue.next(self._may_spend, self._budget.slice_seconds)
+        if not batch:
             return False
-        try:
-            seen = look(module, work, limits.max_mappings)
-        except (ModuleMissing, PermissionDenied):
-            raise
-        except ModuleFailure as failure:
+        looked = look(module, batch, limits.max_mappings)
+        for work, failure in looked.failed:
             self._scan_failed(work, failure)
-            self._paid("scan", work.target)
+        if looked.seen:
+            self._take_in(looked.done, looked.seen)
+            cpu_seconds = self._paid("scan", batch[0].target)
+            self.queue.learn(looked.done, looked.seen, cpu_seconds)
         else:
-            self._take_in(work, seen)
-            self.queue.learn(work, seen, self._paid("scan", work.target))
+            self._paid("scan", batch[0].target)
         self._pace()
         return True
 
-    def _take_in(self, work: Slice, seen: Look) -> None:
-        target, counts = work.target, self.counts.policy(work.target.policy.name)
+    def _take_in(self, done: Sequence[Slice], seen: Look) -> None:
+        target, counts = done[0].target, self.counts.policy(done[0].target.policy.name)
         counts.scanned += seen.scanned
         counts.sampled += seen.sampled
         counts.checksummed += seen.checksummed
@@ -278,7 +278,8 @@ class Pipeline:
         news.samples += seen.fresh
         news.deep += seen.deepened + seen.settled
         self._zeros |= seen.settled_zero > 0
-        self.counts.flow.take(target.regions)
+        for work in done:
+            self.counts.flow.take(work.target.regions)
 
     def _searches(self) -> list[tuple[Pool, bool]]:
         """Return the pools that are worth a search, and whether by samples or less."""

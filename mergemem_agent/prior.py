@@ -37,22 +37,23 @@ _GAIN: Final = 0.1
 
 
 class Siblings:
-    """The share of merged pages by region number, for one pool, in 8 KiB.
+    """The share of merged pages by region number, for one pool, in 16 KiB.
 
     Numbers that meet in one of its places are averaged: this is an expectation, and no more.
     """
 
     def __init__(self) -> None:
         """Assume little, until something was seen."""
-        self._pages = np.zeros(_SIBLINGS, dtype=np.float32)
-        self._merged = np.zeros(_SIBLINGS, dtype=np.float32)
+        self._pages: Array = np.zeros(_SIBLINGS)
+        self._merged: Array = np.zeros(_SIBLINGS)
         self._all_pages, self._all_merged = _ASSUMED_PAGES, _ASSUMED_PAGES * _ASSUMED_SHARE
 
     def learn(self, numbers: Array, pages: Array, merged: Array) -> None:
-        """Take in what regions have: numbers all different, how many pages, how many merged."""
+        """Take in what regions have: their numbers, how many pages, how many of these merged."""
         places = _places(numbers)
-        self._pages[places] = self._pages[places] * _DECAY + pages
-        self._merged[places] = self._merged[places] * _DECAY + merged
+        kept = np.power(_DECAY, np.bincount(places, minlength=_SIBLINGS))
+        self._pages = self._pages * kept + np.bincount(places, pages, _SIBLINGS)
+        self._merged = self._merged * kept + np.bincount(places, merged, _SIBLINGS)
         # The pool's average forgets by pages, as it is made of many regions.
         pages_now, merged_now = float(pages.sum()), float(merged.sum())
         keep = max(0.0, 1.0 - pages_now / (1 << 18))

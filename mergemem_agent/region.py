@@ -13,22 +13,18 @@ region, 9.6 in one with a hundred pages. A numpy array in place of each would co
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
 import numpy as np
 
 from mergemem_agent import schedule
-from mergemem_agent.contract import PAGE_BYTES, RECORD
-from mergemem_agent.look import ORDINARY, Seen, Wanted, compare
 from mergemem_agent.word import (
-    DEEP,
-    MERGED,
     PAGE_BITS,
     PARTNER,
     SETTLED,
     WORD,
-    ZERO,
     Stage,
     page_of,
     stage_of,
@@ -68,22 +64,6 @@ ROW: Final = np.dtype(
 
 STAGES: Final = len(Stage)
 _U64 = np.uint64
-
-
-@dataclass(frozen=True)
-class Look:
-    """What one look at some regions saw, in pages."""
-
-    scanned: int  # that are there, whatever their state
-    sampled: int  # of those, only a sample was read
-    checksummed: int  # of those, all of it was read
-    fresh: int  # whose sample is new: worth a search for partners
-    deepened: int  # read in full for the first time: worth a search among such
-    settled: int  # newly settled: worth a search, too
-    settled_zero: int  # newly settled, and only the zero page is equal to them
-    broken: int  # that were merged, and are no more
-    zero: int
-    huge: int
 
 
 @dataclass(frozen=True)
@@ -155,73 +135,6 @@ class Regions:
         """Return the words of a row. They may be changed, but for whether they are 0."""
         return np.frombuffer(self.words[row], dtype=WORD)
 
-    def wanted_in_full(self, first: int, count: int, now: float, settle: float) -> Array:
-        """Return which pages of `count` regions from row `first` on are to be read in full now.
-
-        These are the pages with a partner, and zeros that have to be seen twice: but for the first
-        checksum, not before `settle` has passed. A bool for each page.
-        """
-        words = self._spread(first, count)
-        rows = self.rows[first : first + count]
-        apart = schedule.apart(rows, now, settle)
-        partner = (words & _U64(PARTNER)) != 0
-        deep = (words & _U64(DEEP)) != 0
-        full = partner & (~deep | apart[:, :1])
-        full |= ((words & _U64(ZERO | SETTLED)) == ZERO) & apart[:, 1:]
-        result: Array = full.reshape(-1)
-        return result
-
-    def look(
-        self,
-        first: int,
-        count: int,
-        records: Array,
-        now: float,
-        settle: float,
-        max_mappings: int,
-        wanted: Wanted = ORDINARY,
-        full: Array | None = None,
-        sampled: bool = True,
-    ) -> Look:
-        """Take in what the kernel saw in `count` neighbouring regions from row `first` on.
-
-        `records` has 512 contract.RECORD for each of them, all zero where nothing is mapped; `full`
-        a bool for each, which tells what was to be read in full (None: all of it). Of the others a
-        sample was taken, if `sampled`.
-        """
-        rows = self.rows[first : first + count]
-        shape = (count, REGION_PAGES)
-        records = records.reshape(shape)
-        asked = np.ones(shape, dtype=np.bool_) if full is None else full.reshape(shape)
-        old = self._spread(first, count)
-        apart = schedule.apart(rows, now, settle)
-        seen = compare(old, records, asked, apart, max_mappings, wanted)
-        self._store(first, count, seen.words)
-        self.moved(old, seen.words)
-        merged_before = rows["merged"].copy()
-        _account(rows, records, seen, sampled)
-        deep = np.count_nonzero(seen.deep, axis=1)
-        rows["read"][deep > 0] = now
-        # What was merged by others, and is known only now, is no change.
-        changed = np.count_nonzero(
-            seen.fresh & (seen.words & _U64(MERGED) == 0) if sampled else seen.unseen, axis=1
-        )
-        broken = np.count_nonzero(seen.broken, axis=1)
-        schedule.after_look(rows, changed, broken, merged_before, now, settle, sampled)
-        self.changed()
-        return Look(
-            scanned=seen.present,
-            sampled=seen.touched - seen.in_full,
-            checksummed=seen.in_full,
-            fresh=int(np.count_nonzero(seen.fresh)),
-            deepened=int(np.count_nonzero(seen.deepened)),
-            settled=int(np.count_nonzero(seen.settled)),
-            settled_zero=int(np.count_nonzero(seen.settled_zero)),
-            broken=int(broken.sum()),
-            zero=int(rows["zero"].sum()),
-            huge=int(rows["huge"].sum()),
-        )
-
     def settle(self) -> None:
         """Take one look for enough, for all pages: who asks for a merge by hand may know."""
         for row in range(len(self.words)):
@@ -254,7 +167,7 @@ class Regions:
         moves = np.zeros((STAGES, STAGES), dtype=np.int64)
         moves[Stage.DISMISSED, Stage.CONFIRMING] = np.count_nonzero(deep)
         moves[Stage.SAMPLED, Stage.PARTNER] = np.count_nonzero(~deep)
-        self._count(moves.reshape(-1))
+        self.count(moves.reshape(-1))
 
     def hint(self, row: int, now: float, settle: float, breaks: bool) -> bool:
         """Have a row looked at when it has been quiet; False: it was put off often enough.
@@ -308,37 +221,20 @@ class Regions:
         pairs = stage_of(before.reshape(-1)) * np.uint8(STAGES)
         if after is not None:
             pairs += stage_of(after.reshape(-1))
-        self._count(np.bincount(pairs, minlength=STAGES * STAGES))
+        self.count(np.bincount(pairs, minlength=STAGES * STAGES))
 
-    def _count(self, moves: Array) -> None:
+    def count(self, moves: Array) -> None:
+        """Add to the moves between stages."""
         self.moves = self.moves + moves if len(self.moves) else moves
 
-    def _spread(self, first: int, count: int) -> Array:
-        """Return the remembered words of some regions, each in the place of its page."""
-        blobs = self.words[first : first + count]
-        words = np.frombuffer(b"".join(blobs), dtype=WORD)
-        if len(words) == count * REGION_PAGES:
-            return words.reshape(count, REGION_PAGES)
-        spread = np.zeros(count * REGION_PAGES, dtype=WORD)
-        if len(words):
-            start = np.repeat(
-                np.arange(count) * REGION_PAGES, self.rows["pages"][first : first + count]
-            )
-            spread[start + page_of(words).astype(np.intp)] = words
-        return spread.reshape(count, REGION_PAGES)
-
-    def _store(self, first: int, count: int, words: Array) -> None:
-        present = words != 0
-        counts = np.count_nonzero(present, axis=1)
-        rows = self.rows["pages"][first : first + count]
-        self._pages += int(counts.sum()) - int(rows.sum())
-        rows[:] = counts
-        packed = memoryview(words[present].tobytes())
-        ends = (np.cumsum(counts) * WORD.itemsize).tolist()
-        start = 0
-        for index, end in enumerate(ends):
-            self.words[first + index] = bytearray(packed[start:end])
-            start = end
+    def store(self, first: int, rows: Array, words: Sequence[bytearray]) -> None:
+        """Replace some rows from `first` on, and the words of each."""
+        places = slice(first, first + len(rows))
+        known = self.rows[places]
+        self._pages += int(rows["pages"].sum()) - int(known["pages"].sum())
+        known[:] = rows
+        self.words[places] = words
+        self.changed()
 
 
 def positions(words: Array, pages: Array) -> tuple[Array, Array]:
@@ -352,24 +248,3 @@ def positions(words: Array, pages: Array) -> tuple[Array, Array]:
     at = np.minimum(numbers.searchsorted(pages), len(words) - 1)
     found: Array = numbers[at] == pages
     return at[found], found
-
-
-def blank_records(count: int) -> Array:
-    """Return records for `count` regions in which nothing is mapped."""
-    return np.zeros(count * REGION_PAGES, dtype=RECORD)
-
-
-def _account(rows: Array, records: Array, seen: Seen, sampled: bool) -> None:
-    rows["huge"] = np.count_nonzero(seen.huge, axis=1)
-    rows["order"] = 0
-    if rows["huge"].any():
-        rows["order"] = np.where(seen.huge, records["order"], 0).max(axis=1)
-    if sampled:
-        rows["zero"] = np.count_nonzero(seen.zero, axis=1)
-    rows["merged"] = np.count_nonzero(seen.merged, axis=1)
-    rows["saved_bytes"] = 0
-    if rows["merged"].any():
-        map_counts = np.maximum(records["map_count"], 1)
-        saved = np.where(seen.merged, PAGE_BYTES - PAGE_BYTES / map_counts, 0.0)
-        rows["saved_bytes"] = saved.sum(axis=1)
-    schedule.count_partners(rows, seen.words)

@@ -23,12 +23,14 @@ import numpy as np
 from mergemem_agent.contract import DEPTH_FULL_BYTES, DEPTH_SAMPLE_BYTES, PAGE_BYTES
 from mergemem_agent.hint import Hint
 from mergemem_agent.look import Wanted
-from mergemem_agent.module import Module
+from mergemem_agent.module import Module, ModuleFailure, ModuleMissing
+from mergemem_agent.module import PermissionDenied as NotPermitted
 from mergemem_agent.order import Plan, Slice
 from mergemem_agent.prior import Costs, Siblings, Success
 from mergemem_agent.procfs import Mapping, PermissionDenied, ProcessGone, ProcessId, ProcFs
-from mergemem_agent.region import REGION_PAGES, REGION_SHIFT, Look, Regions, blank_records
+from mergemem_agent.region import REGION_PAGES, REGION_SHIFT, Regions
 from mergemem_agent.targets import Pool, Target, Targets
+from mergemem_agent.window import Look, Stretch, Window, blank_records
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
@@ -50,6 +52,9 @@ YOUNG_SECONDS: Final = 2.0
 # An order holds for so long, or as many times as long as it took to find.
 _PLAN_SECONDS: Final = 1.0
 _PLAN_FACTOR: Final = 20.0
+
+# One look: 128 MiB of address space.
+BATCH_REGIONS: Final = 64
 
 
 @dataclass(frozen=True)
@@ -159,18 +164,35 @@ class ScanQueue:
 
     # --- what is due ----------------------------------------------------------------------------
 
-    def next(self, ready: Callable[[Target], bool]) -> Slice | None:
-        """Return the next slice that is due, of a target that is `ready`; None: nothing is."""
+    def next(self, ready: Callable[[Target], bool], seconds: float = 0.0) -> list[Slice]:
+        """Return slices that are due, of targets that are `ready`; none: nothing is.
+
+        All are of one kind, so that one look() does for them; they should take `seconds` of CPU
+        time at most, but for the first.
+        """
         for _ in range(2):
             if self._plan is None or not len(self._plan) or time.monotonic() >= self._plan_ends:
                 self._plan = self._make_plan(ready)
-            while len(self._plan):
-                work = self._plan.next()
-                if work and work.target in self._targets and ready(work.target):
-                    return work
+            if batch := self._batch(self._plan, ready, seconds):
+                return batch
             if self._plan_ends > time.monotonic():
                 break
-        return None
+        return []
+
+    def _batch(self, plan: Plan, ready: Callable[[Target], bool], seconds: float) -> list[Slice]:
+        batch: list[Slice] = []
+        regions, cost_seconds = 0, 0.0
+        while len(plan):
+            work = plan.peek()
+            if work and work.target in self._targets and ready(work.target):
+                regions += work.count
+                cost_seconds += work.cost_seconds
+                too_much = regions > BATCH_REGIONS or cost_seconds > seconds
+                if batch and (too_much or not work.goes_with(batch[0])):
+                    break
+                batch.append(work)
+            plan.skip()
+        return batch
 
     def _make_plan(self, ready: Callable[[Target], bool]) -> Plan:
         now = time.monotonic()
@@ -187,14 +209,17 @@ class ScanQueue:
         self._plan_ends = now + max(_PLAN_SECONDS, took * _PLAN_FACTOR)
         return plan
 
-    def learn(self, work: Slice, seen: Look, cpu_seconds: float) -> None:
+    def learn(self, done: Sequence[Slice], seen: Look, cpu_seconds: float) -> None:
         """Let what a look has seen, and cost, change what is expected of others."""
-        self.costs.learn(cpu_seconds, work.count, seen.sampled, seen.checksummed)
+        regions = sum(work.count for work in done)
+        self.costs.learn(cpu_seconds, regions, seen.sampled, seen.checksummed)
         self.success.learn(seen.deepened, seen.settled, 0)
-        rows = work.target.regions.rows[work.first : work.first + work.count]
+        tables = (work.target.regions.rows[work.first : work.first + work.count] for work in done)
+        rows = np.concatenate(list(tables))
         told = rows[(rows["looks"] > 1) | (rows["merged"] > 0)]
         if len(told):
-            self._siblings[work.target.pool].learn(told["number"], told["pages"], told["merged"])
+            pool = done[0].target.pool
+            self._siblings[pool].learn(told["number"], told["pages"], told["merged"])
 
     def due_in(self, pool: Pool) -> bool:
         """Tell whether processes that share have regions that are due."""
@@ -288,44 +313,82 @@ def region_numbers(mappings: Sequence[Mapping]) -> Array:
     return np.unique(np.concatenate([np.zeros(0, dtype=np.int64), *parts])).astype(np.uint64)
 
 
-def look(module: Module, work: Slice, max_mappings: int, everything: bool = False) -> Look:
-    """Have the kernel look at a slice, in one request, and remember what was seen.
+@dataclass(frozen=True)
+class Looked:
+    """What became of a batch."""
 
-    Read in full are pages that have a partner, or all, where the slice goes straight; of the
+    done: list[Slice]
+    failed: list[tuple[Slice, ModuleFailure]]
+    seen: Look | None  # in all that are done; None: there are none
+
+
+def look(
+    module: Module, batch: Sequence[Slice], max_mappings: int, everything: bool = False
+) -> Looked:
+    """Have the kernel look at slices of one kind, a request for each, and remember what was seen.
+
+    Read in full are pages that have a partner, or all, where the slices go straight; of the
     others a sample is taken, if that is due. Merged pages are only counted. With `everything` all
-    are read in full. Raises what Module.checksum() raises.
+    are read in full. Raises ModuleMissing, PermissionDenied; other failures are of one slice.
     """
-    target, regions, policy = work.target, work.target.regions, work.target.policy
+    sampled, straight, policy = batch[0].sampled, batch[0].straight, batch[0].target.policy
     now = time.monotonic()
-    address = int(regions.rows["number"][work.first]) << REGION_SHIFT
+    window = Window(_stretches(batch))
     full: Array | None = None
-    if everything:
-        depth_bytes = DEPTH_FULL_BYTES
-    elif work.straight:
-        full = np.zeros(work.count * REGION_PAGES, dtype=np.bool_)
-        depth_bytes = DEPTH_FULL_BYTES
-    else:
-        full = regions.wanted_in_full(work.first, work.count, now, policy.settle_seconds)
-        depth_bytes = DEPTH_SAMPLE_BYTES if work.sampled else 0
-    records = blank_records(work.count)
-    for run in module.checksum(
-        target.process,
-        address,
-        work.count * REGION_PAGES,
-        depth_bytes=depth_bytes,
-        undumpable=policy.include_undumpable,
-        full=full,
-    ):
-        start = (run.address - address) // PAGE_BYTES
-        records[start : start + len(run.records)] = run.records
-    return regions.look(
-        work.first,
-        work.count,
+    if straight:
+        full = np.zeros(len(window.rows) * REGION_PAGES, dtype=np.bool_)
+    elif not everything:
+        full = window.wanted_in_full(now, policy.settle_seconds)
+    in_depth = everything or straight
+    depth_bytes = DEPTH_FULL_BYTES if in_depth else DEPTH_SAMPLE_BYTES if sampled else 0
+    records = blank_records(len(window.rows))
+    failed, ends = [], np.cumsum([work.count for work in batch]) * REGION_PAGES
+    for work, end in zip(batch, ends.tolist(), strict=True):
+        part = slice(end - work.count * REGION_PAGES, end)
+        try:
+            _read(module, work, depth_bytes, None if full is None else full[part], records[part])
+        except (ModuleMissing, NotPermitted):
+            raise
+        except ModuleFailure as failure:
+            failed.append((work, failure))
+    done = list(batch)
+    if failed:
+        refused = [work for work, _ in failed]
+        done = [work for work in batch if work not in refused]
+        if not done:
+            return Looked(done, failed, None)
+        there = np.repeat([work not in refused for work in batch], np.diff(ends, prepend=0))
+        records, full = records[there], None if full is None else full[there]
+        window = Window(_stretches(done))
+    seen = window.look(
         records,
         now,
         policy.settle_seconds,
         max_mappings,
         Wanted(huge=policy.rules.split_percent is not None, zero=policy.zero_pages),
-        full=None if work.straight or everything else full,
-        sampled=work.sampled,
+        full=None if in_depth else full,
+        sampled=sampled,
     )
+    return Looked(done, failed, seen)
+
+
+def _stretches(batch: Sequence[Slice]) -> list[Stretch]:
+    return [Stretch(work.target.regions, work.first, work.count) for work in batch]
+
+
+def _read(
+    module: Module, work: Slice, depth_bytes: int, full: Array | None, records: Array
+) -> None:
+    """Fill the records of one slice in. Raises what Module.checksum() raises."""
+    target = work.target
+    address = int(target.regions.rows["number"][work.first]) << REGION_SHIFT
+    for run in module.checksum(
+        target.process,
+        address,
+        work.count * REGION_PAGES,
+        depth_bytes=depth_bytes,
+        undumpable=target.policy.include_undumpable,
+        full=full,
+    ):
+        start = (run.address - address) // PAGE_BYTES
+        records[start : start + len(run.records)] = run.records

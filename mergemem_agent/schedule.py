@@ -25,8 +25,6 @@ from typing import Any, Final
 
 import numpy as np
 
-from mergemem_agent.word import DEEP, MERGED, PARTNER, SETTLED, ZERO
-
 Array = np.ndarray[Any, np.dtype[Any]]
 
 # A region is never left alone for longer, whatever the yield.
@@ -48,7 +46,6 @@ _NEWS_DECAY: Final = 0.5
 # Timers and clocks round: a look that was due after 10 s may come after 9.9999 s.
 CLOCK_TOLERANCE: Final = 0.999
 
-_U64 = np.uint64
 _NEVER: Final = np.inf
 
 
@@ -128,16 +125,6 @@ def after_merge(rows: Array, now: float, settle: float) -> None:
     rows["interval"] = np.maximum(own * REVISIT, _MIN_INTERVAL_SECONDS)
     rows["sample"] = now + rows["interval"].astype(np.float64)
     _set_due(rows, now, own)
-
-
-def count_partners(rows: Array, words: Array) -> None:
-    """Count the pages that are to be read in full; `words` has one row for each region."""
-    # A merged page of unknown checksum can wait for the next look, so it is not among them.
-    kind = words & _U64(PARTNER | DEEP | MERGED)
-    rows["first"] = np.count_nonzero(kind == PARTNER, axis=1)
-    second = kind == PARTNER | DEEP
-    second |= (words & _U64(ZERO | SETTLED)) == ZERO
-    rows["second"] = np.count_nonzero(second, axis=1)
 
 
 def _set_due(rows: Array, now: float, own: Array) -> None:

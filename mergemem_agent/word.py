@@ -84,7 +84,8 @@ def _stage(flags: int) -> Stage:
     return Stage.PARTNER if flags & PARTNER else Stage.SAMPLED
 
 
-_STAGES: Final = np.array([_stage(flags) for flags in range(FLAGS + 1)], dtype=np.uint8)
+# By the flags of a word.
+STAGE_OF_FLAGS: Final = np.array([_stage(flags) for flags in range(FLAGS + 1)], dtype=np.uint8)
 
 
 def page_of(words: Array) -> Array:
@@ -106,6 +107,6 @@ def checksum_bits(checksums: Array) -> Array:
 
 def stage_of(words: Array) -> Array:
     """Return the Stage of each word as uint8; a word of 0 stands for a page without one."""
-    stages = _STAGES[(words & _U64(FLAGS)).astype(np.intp)]
+    stages = STAGE_OF_FLAGS[(words & _U64(FLAGS)).astype(np.intp)]
     stages[words == 0] = Stage.ABSENT
     return stages

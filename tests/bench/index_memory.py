@@ -20,6 +20,7 @@ import numpy as np
 from mergemem_agent.contract import RECORD, State
 from mergemem_agent.index import nominate
 from mergemem_agent.region import REGION_PAGES, Regions
+from mergemem_agent.window import Stretch, Window
 
 PROCESSES = 4
 REGIONS_PER_LOOK = 8
@@ -84,7 +85,7 @@ def _look(
         chosen["checksum"] = np.where(is_shared, shared, unique * np.uint64(2))
         chosen["state"] = State.ANON
         chosen["map_count"] = 1
-        regions.look(first, count, records.ravel(), now, 10.0, 1 << 20)
+        Window([Stretch(regions, first, count)]).look(records.ravel(), now, 10.0, 1 << 20)
 
 
 def main() -> int:

@@ -21,6 +21,7 @@ from mergemem_agent.merge import Request, split_folios
 from mergemem_agent.policy import MergeRules
 from mergemem_agent.region import REGION_PAGES, Regions
 from mergemem_agent.search import search
+from mergemem_agent.window import Stretch, Window
 from mergemem_agent.word import HUGE, MERGED, SETTLED
 
 Array = np.ndarray[Any, np.dtype[Any]]
@@ -56,7 +57,9 @@ def settled(blocks: dict[int, Block]) -> Regions:
     for row, number in enumerate(sorted(blocks)):
         for now in (100.0, 110.0):
             records = blocks[number].records()
-            regions.look(row, 1, records, now, 10.0, 4096, Wanted(huge=True, zero=True))
+            Window([Stretch(regions, row, 1)]).look(
+                records, now, 10.0, 4096, Wanted(huge=True, zero=True)
+            )
     return regions
 
 

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from mergemem_agent import index
 from mergemem_agent.contract import RECORD, State
 from mergemem_agent.region import REGION_PAGES, Regions
+from mergemem_agent.window import Stretch, Window
 from mergemem_agent.word import FULL, MERGED, SETTLED
 
 MAX_MAPPINGS = 100
@@ -44,8 +45,8 @@ def regions_of(pages: dict[tuple[int, int], Page]) -> Regions:
                 records[position] = (checksum(page.content), page.map_count, page.state, 0)
                 if not page.settled:
                     unsettled.append(position)
-        regions.look(row, 1, records, 100.0, 10.0, MAX_MAPPINGS)
-        regions.look(row, 1, records, 110.0, 10.0, MAX_MAPPINGS)
+        Window([Stretch(regions, row, 1)]).look(records, 100.0, 10.0, MAX_MAPPINGS)
+        Window([Stretch(regions, row, 1)]).look(records, 110.0, 10.0, MAX_MAPPINGS)
         regions.mark(row, np.array(unsettled), 0, SETTLED)
     return regions
 
@@ -186,7 +187,9 @@ def test_merged_pages_that_nobody_has_read_are_nobody_s_partners() -> None:
     records = np.zeros(REGION_PAGES, dtype=RECORD)
     records[:10] = (0, 2, State.MERGED, 0)
     records[10] = (1, 1, State.ANON, 0)  # its sample is 0, as theirs seem to be
-    regions.look(0, 1, records, 1.0, 10.0, MAX_MAPPINGS, full=np.zeros(REGION_PAGES, bool))
+    Window([Stretch(regions, 0, 1)]).look(
+        records, 1.0, 10.0, MAX_MAPPINGS, full=np.zeros(REGION_PAGES, bool)
+    )
     marked: list[int] = []
     found = index.nominate([regions], marker=lambda words, _: marked.append(len(words)))
     assert list(found) == []

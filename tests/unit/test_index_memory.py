@@ -12,6 +12,7 @@ from mergemem_agent.look import Wanted
 from mergemem_agent.policy import MergeRules
 from mergemem_agent.region import REGION_PAGES, Regions
 from mergemem_agent.search import search
+from mergemem_agent.window import Stretch, Window
 from tests.bench.index_memory import measure
 
 PROCESSES = 8
@@ -40,7 +41,7 @@ def fleet(regions_each: int, order: int) -> list[Regions]:
             records["checksum"] = np.where(np.arange(REGION_PAGES) % 2, common[row], own)
             records["state"], records["order"], records["map_count"] = State.HUGE, order, 1
             for now in (100.0, 110.0):
-                regions.look(row, 1, records, now, 10.0, 4096, Wanted(huge=True))
+                Window([Stretch(regions, row, 1)]).look(records, now, 10.0, 4096, Wanted(huge=True))
         processes.append(regions)
     return processes
 

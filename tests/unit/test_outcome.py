@@ -19,6 +19,7 @@ from mergemem_agent.procfs import ProcessId
 from mergemem_agent.region import REGION_PAGES, Regions
 from mergemem_agent.schedule import REVISIT
 from mergemem_agent.targets import Target
+from mergemem_agent.window import Stretch, Window
 from mergemem_agent.word import DEEP, FLAGS, FULL, HUGE, MERGED, PARTNER, SETTLED, ZERO, page_of
 
 NUMBER = 7  # of the one region that each process has
@@ -34,7 +35,9 @@ def target(pid: int, huge: Sequence[int] = (), zero: Sequence[int] = ()) -> Targ
         state = State.ZERO if page in zero else State.HUGE if page in huge else State.ANON
         records[page] = ((page + 1) << 40, 1, state, 9 if page in huge else 0)
     for now in (100.0, 110.0):
-        regions.look(0, 1, records, now, 10.0, 4096, Wanted(huge=True, zero=True))
+        Window([Stretch(regions, 0, 1)]).look(
+            records, now, 10.0, 4096, Wanted(huge=True, zero=True)
+        )
     return Target(ProcessId(pid, 1), POLICY, "domain", 0, regions)
 
 

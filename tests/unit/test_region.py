@@ -8,8 +8,9 @@ import pytest
 
 from mergemem_agent.contract import RECORD, State
 from mergemem_agent.look import Wanted
-from mergemem_agent.region import REGION_PAGES, Look, Regions
+from mergemem_agent.region import REGION_PAGES, Regions
 from mergemem_agent.schedule import MAX_INTERVAL_SECONDS, REVISIT
+from mergemem_agent.window import Look, Stretch, Window
 from mergemem_agent.word import (
     DEEP,
     FLAGS,
@@ -42,7 +43,7 @@ def regions(*numbers: int) -> Regions:
 
 
 def look(known: Regions, now: float, *pages: tuple[int, int, int, State]) -> Look:
-    return known.look(0, 1, records(*pages), now, SETTLE, 100)
+    return Window([Stretch(known, 0, 1)]).look(records(*pages), now, SETTLE, 100)
 
 
 def flags(known: Regions, row: int = 0) -> dict[int, int]:
@@ -123,17 +124,17 @@ def test_map_counts_are_kept_up_to_many() -> None:
 def test_several_regions_in_one_look() -> None:
     known = regions(4, 5, 6)
     seen = records((3, 1, 1, State.ANON), (512 + 511, 2, 1, State.ANON), count=2)
-    known.look(1, 2, seen, 100.0, SETTLE, 100)
+    Window([Stretch(known, 1, 2)]).look(seen, 100.0, SETTLE, 100)
     assert [len(words) // 8 for words in known.words] == [0, 1, 1]
     assert known.rows["looks"].tolist() == [0, 1, 1]
-    known.look(1, 2, seen, 110.0, SETTLE, 100)
+    Window([Stretch(known, 1, 2)]).look(seen, 110.0, SETTLE, 100)
     assert flags(known, 1) == {3: SETTLED}
     assert flags(known, 2) == {511: SETTLED}
 
 
 def test_replace_keeps_what_stays() -> None:
     known = regions(4, 5)
-    known.look(1, 1, records((3, 1, 1, State.ANON)), 100.0, SETTLE, 100)
+    Window([Stretch(known, 1, 1)]).look(records((3, 1, 1, State.ANON)), 100.0, SETTLE, 100)
     assert known.replace(np.array([2, 5, 9], dtype=np.uint64))
     assert [len(words) for words in known.words] == [0, 8, 0]
     assert known.rows["looks"].tolist() == [0, 1, 0]
@@ -187,7 +188,7 @@ def look_at(known: Regions, now: float, wanted: Wanted, *pages: tuple[int, State
     seen = np.zeros(REGION_PAGES, dtype=RECORD)
     for page, state, order in pages:
         seen[page] = (5 << 30, 1, state, order)
-    return known.look(0, 1, seen, now, SETTLE, 100, wanted)
+    return Window([Stretch(known, 0, 1)]).look(seen, now, SETTLE, 100, wanted)
 
 
 KINDS = ((1, State.HUGE, 9), (2, State.ZERO, 9), (3, State.ZERO, 0), (4, State.ANON, 0))
@@ -248,7 +249,7 @@ def look_in_depth(
     full = np.zeros(REGION_PAGES, dtype=np.bool_)
     for page, checksum, depth, state in pages:
         seen[page], full[page] = (checksum & depth, 2, state, 0), depth == IN_FULL
-    return known.look(0, 1, seen, now, SETTLE, 100, ALL, full, sampled)
+    return Window([Stretch(known, 0, 1)]).look(seen, now, SETTLE, 100, ALL, full, sampled)
 
 
 def all_flags(known: Regions) -> dict[int, int]:
@@ -305,14 +306,14 @@ def test_merged_pages_are_read_only_where_nobody_knows_them() -> None:
     known = regions(1)
     look_in_depth(known, 100.0, (7, CONTENT, UNREAD, State.MERGED))
     assert all_flags(known) == {7: MERGED | PARTNER}
-    assert known.wanted_in_full(0, 1, 101.0, SETTLE).nonzero()[0].tolist() == [7]
+    assert Window([Stretch(known, 0, 1)]).wanted_in_full(101.0, SETTLE).nonzero()[0].tolist() == [7]
     seen = look_in_depth(known, 101.0, (7, CONTENT, IN_FULL, State.MERGED))
     assert all_flags(known) == {7: MERGED | DEEP}
     assert seen.fresh == 1
     before = bytes(known.words[0])
     look_in_depth(known, 102.0, (7, CONTENT, UNREAD, State.MERGED))
     assert bytes(known.words[0]) == before
-    assert not known.wanted_in_full(0, 1, 103.0, SETTLE).any()
+    assert not Window([Stretch(known, 0, 1)]).wanted_in_full(103.0, SETTLE).any()
 
 
 def test_a_merged_page_that_was_written_to_is_broken_whatever_it_looks_like() -> None:
@@ -330,21 +331,21 @@ def test_what_is_wanted_in_full_waits_for_settle_the_second_time() -> None:
     known.partners(np.array([0]), np.array([7]), np.array([False]))
     known.schedule(100.0, SETTLE)
     assert known.next_due == 100.0
-    assert known.wanted_in_full(0, 1, 100.0, SETTLE).nonzero()[0].tolist() == [7]
+    assert Window([Stretch(known, 0, 1)]).wanted_in_full(100.0, SETTLE).nonzero()[0].tolist() == [7]
     look_in_depth(known, 101.0, (7, CONTENT, IN_FULL, State.ANON), sampled=False)
-    assert not known.wanted_in_full(0, 1, 101.0, SETTLE).any()
+    assert not Window([Stretch(known, 0, 1)]).wanted_in_full(101.0, SETTLE).any()
     known.partners(np.array([0]), np.array([7]), np.array([True]))
     known.schedule(102.0, SETTLE)
     assert known.next_due == 101.0 + SETTLE
-    assert not known.wanted_in_full(0, 1, 110.0, SETTLE).any()
-    assert known.wanted_in_full(0, 1, 111.0, SETTLE).nonzero()[0].tolist() == [7]
+    assert not Window([Stretch(known, 0, 1)]).wanted_in_full(110.0, SETTLE).any()
+    assert Window([Stretch(known, 0, 1)]).wanted_in_full(111.0, SETTLE).nonzero()[0].tolist() == [7]
 
 
 def test_zeros_are_seen_twice_too() -> None:
     known = regions(1)
     look_in_depth(known, 100.0, (7, CONTENT, SAMPLED, State.ZERO))
     assert known.next_due == 110.0
-    assert known.wanted_in_full(0, 1, 110.0, SETTLE).nonzero()[0].tolist() == [7]
+    assert Window([Stretch(known, 0, 1)]).wanted_in_full(110.0, SETTLE).nonzero()[0].tolist() == [7]
     seen = look_in_depth(known, 110.0, (7, CONTENT, IN_FULL, State.ZERO), sampled=False)
     assert all_flags(known) == {7: ZERO | SETTLED}
     assert seen.settled_zero == 1

@@ -17,7 +17,7 @@ from mergemem_agent.order import SLICE_REGIONS
 from mergemem_agent.policy import Glob, Policy, PolicySet, Selector
 from mergemem_agent.procfs import Mapping, ProcessId, ProcFs
 from mergemem_agent.region import REGION_BYTES
-from mergemem_agent.scan import MAPPINGS_HINT_SECONDS, ScanQueue, region_numbers
+from mergemem_agent.scan import BATCH_REGIONS, MAPPINGS_HINT_SECONDS, ScanQueue, region_numbers
 from mergemem_agent.schedule import MAX_HINTS
 from mergemem_agent.targets import Targets
 from tests.unit.sleeper import SLEEPER
@@ -151,12 +151,18 @@ def test_every_region_comes_once(
     sync_until(targets, {process.pid for process in sleepers})
     queue = queue_of(targets)
     handed_out: dict[int, list[int]] = {target.process.pid: [] for target in targets}
-    while work := queue.next(lambda _: True):
-        rows = work.target.regions.rows[work.first : work.first + work.count]
-        assert 1 <= work.count <= SLICE_REGIONS
-        assert (np.diff(rows["number"].astype(int)) == 1).all()
-        handed_out[work.target.process.pid] += rows["number"].tolist()
-        rows["due"] = rows["sample"] = time.monotonic() + 1000
+    batches = 0
+    while batch := queue.next(lambda _: True, seconds=10.0):
+        batches += 1
+        assert sum(work.count for work in batch) <= BATCH_REGIONS
+        assert all(work.goes_with(batch[0]) for work in batch)
+        for work in batch:
+            rows = work.target.regions.rows[work.first : work.first + work.count]
+            assert 1 <= work.count <= SLICE_REGIONS
+            assert (np.diff(rows["number"].astype(int)) == 1).all()
+            handed_out[work.target.process.pid] += rows["number"].tolist()
+            rows["due"] = rows["sample"] = time.monotonic() + 1000
+    assert batches == 1  # both processes share, and have little memory
     for target in targets:
         expected = region_numbers(ProcFs().mappings(target.process.pid)).tolist()
         assert sorted(handed_out[target.process.pid]) == expected
@@ -168,11 +174,25 @@ def test_targets_without_budget_wait(sleepers: list[subprocess.Popen[bytes]]) ->
     targets = Targets(SLEEPERS, ProcFs())
     sync_until(targets, {process.pid for process in sleepers})
     queue = queue_of(targets)
-    assert queue.next(lambda _: False) is None
+    assert queue.next(lambda _: False) == []
     only = sleepers[1].pid
-    work = queue.next(lambda target: target.process.pid == only)
-    assert work is not None
-    assert work.target.process.pid == only
+    batch = queue.next(lambda target: target.process.pid == only, seconds=10.0)
+    assert {work.target.process.pid for work in batch} == {only}
+
+
+def test_a_batch_takes_no_longer_than_it_should(sleepers: list[subprocess.Popen[bytes]]) -> None:
+    targets = Targets(SLEEPERS, ProcFs())
+    sync_until(targets, {process.pid for process in sleepers})
+    queue = queue_of(targets)
+    queue.costs.region = 1.0  # CPU second each
+    sizes = []
+    while batch := queue.next(lambda _: True, seconds=2.5):
+        sizes.append(sum(work.count for work in batch))
+        assert len(batch) == 1 or sum(work.cost_seconds for work in batch) <= 2.5
+        for work in batch:
+            rows = work.target.regions.rows[work.first : work.first + work.count]
+            rows["due"] = rows["sample"] = time.monotonic() + 1000
+    assert len(sizes) > 1
 
 
 def test_a_process_that_ends_in_the_queue_is_dropped(
@@ -186,7 +206,7 @@ def test_a_process_that_ends_in_the_queue_is_dropped(
     queue = queue_of(targets)
     mine = {process.pid for process in sleepers}
     assert not mine & pids(targets)
-    assert queue.next(lambda target: target.process.pid in mine) is None
+    assert queue.next(lambda target: target.process.pid in mine) == []
     assert {regions.rows.size for regions in queue.follow()} == {0}
 
 
@@ -196,8 +216,7 @@ def test_hints_bring_a_region_forward_or_put_it_off(
     targets = Targets(SLEEPERS, ProcFs())
     sync_until(targets, {sleepers[0].pid})
     queue = queue_of(targets)
-    work = queue.next(lambda target: target.process.pid == sleepers[0].pid)
-    assert work is not None
+    (work,) = queue.next(lambda target: target.process.pid == sleepers[0].pid)
     rows = work.target.regions.rows
     process, address = work.target.process, int(rows["number"][0]) * REGION_BYTES
     now = time.monotonic()
@@ -217,8 +236,7 @@ def test_hints_do_not_put_off_a_region_for_ever(sleepers: list[subprocess.Popen[
     targets = Targets(SLEEPERS, ProcFs())
     sync_until(targets, {sleepers[0].pid})
     queue = queue_of(targets)
-    work = queue.next(lambda target: target.process.pid == sleepers[0].pid)
-    assert work is not None
+    (work,) = queue.next(lambda target: target.process.pid == sleepers[0].pid)
     rows = work.target.regions.rows
     hint = Hint(work.target.process, int(rows["number"][0]) * REGION_BYTES, 1, 0)
     queue.take_hints([hint] * MAX_HINTS)

@@ -9,6 +9,7 @@ import pytest
 from mergemem_agent.contract import GROUP_ZERO, RECORD, State
 from mergemem_agent.look import Wanted
 from mergemem_agent.region import REGION_PAGES, Regions
+from mergemem_agent.window import Stretch, Window
 from mergemem_agent.word import SETTLED
 from mergemem_agent.zero import zero_requests
 
@@ -22,7 +23,9 @@ def zeros(numbers: list[int], pages: int, order: int = 0) -> Regions:
     records[pages] = (8 << 40, 1, State.ANON, 0)
     for row in range(len(numbers)):
         for now in (100.0, 110.0):
-            regions.look(row, 1, records, now, 10.0, 4096, Wanted(huge=True, zero=True))
+            Window([Stretch(regions, row, 1)]).look(
+                records, now, 10.0, 4096, Wanted(huge=True, zero=True)
+            )
     return regions
 
 
