@@ -26,7 +26,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Final
 
-from mergemem_agent import __version__
+from mergemem_agent import __version__, heap
 from mergemem_agent.budget import Budget
 from mergemem_agent.counts import ReloadState, Snapshot
 from mergemem_agent.error import MergememError
@@ -50,7 +50,7 @@ STATUS_FILE: Final = Path("/run/mergemem/status.json")
 MODULE_SECONDS: Final = 1.0
 
 # How often a snapshot is taken while there is work, and while there is none.
-SNAPSHOT_SECONDS: Final = 2.0
+SNAPSHOT_SECONDS: Final = 5.0
 IDLE_SNAPSHOT_SECONDS: Final = 10.0
 
 # How often the agent looks around without being woken: for hints, and for processes that have grown
@@ -407,5 +407,6 @@ def main(arguments: Sequence[str]) -> int:
         level=logging.DEBUG if verbose else logging.INFO,
         format="%(levelname)s %(message)s",
     )
+    heap.keep_arrays()
     Agent(options, ProcFs(), Notifier()).run()
     return 0

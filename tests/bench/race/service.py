@@ -19,7 +19,7 @@ SCRATCH = Path("/run/race")
 START_REST_SECONDS, REST_SECONDS = 3.0, 1.0
 SETTLE = "2s"
 # How often it asks /proc for new processes: while racing, and while others race.
-RESCAN, RESCAN_ASIDE = "3s", "1h"
+RESCAN, RESCAN_ASIDE = "10s", "1h"
 # As deploy/mergemem.service has it.
 NICE = 10
 PROCESSES = "^[^ ]*(race-workload|redis-server)|race[.]prefork"
