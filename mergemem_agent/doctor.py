@@ -36,7 +36,6 @@ LIBRARIES = {
     "jsonschema": "python3-jsonschema",
     "numpy": "python3-numpy",
     "prometheus_client": "python3-prometheus-client",
-    "pyroute2": "python3-pyroute2",
     "yaml": "python3-yaml",
 }
 BCC_SECONDS = 120
@@ -173,7 +172,7 @@ def check_module(host: Host) -> Iterator[Finding]:
 
 def _ask_module(version: str) -> Finding:
     try:
-        # Here and not above: pyroute2 may be what is missing.
+        # Here and not above: numpy may be what is missing.
         from mergemem_agent.module import Module, PermissionDenied
     except ImportError as error:
         return note("module", f"mergemem {version} is loaded, but cannot be asked: {error}")

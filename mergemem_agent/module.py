@@ -13,13 +13,13 @@ stand only its Python face and the names of its errors. Example:
 from __future__ import annotations
 
 import errno
+import struct
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
-from pyroute2.netlink import genlmsg
 
 from mergemem_agent import contract, error
 from mergemem_agent.contract import (
@@ -33,7 +33,14 @@ from mergemem_agent.contract import (
 )
 from mergemem_agent.error import MergememError
 from mergemem_agent.info import Counters, Info, Limits, Totals
-from mergemem_agent.netlink import FamilyMissing, GenericNetlink, NetlinkFailure, PackedArray
+from mergemem_agent.netlink import (
+    FamilyMissing,
+    GenericNetlink,
+    NetlinkFailure,
+    Reply,
+    number_of,
+    text_of,
+)
 from mergemem_agent.procfs import ProcessId
 
 Array = np.ndarray[Any, np.dtype[Any]]
@@ -43,6 +50,9 @@ Array = np.ndarray[Any, np.dtype[Any]]
 PAGES_PER_DUMP: Final = 16384
 
 _SYSFS = Path("/sys/module/mergemem")
+
+_U32: Final = struct.Struct("=I")
+_U64: Final = struct.Struct("=Q")
 
 
 class ModuleFailure(MergememError):
@@ -91,38 +101,6 @@ _FAILURES: Final[dict[int, tuple[type[ModuleFailure], str]]] = {
 }
 
 
-class _Message(genlmsg):  # type: ignore[misc]
-    """Every message of the family: a command and attributes, in the order of their numbers."""
-
-    __slots__ = ()
-
-    array = PackedArray
-    nla_map = (
-        (Attribute.UNSPEC.name, "none"),
-        (Attribute.PAD.name, "none"),
-        (Attribute.CONTRACT_VERSION.name, "uint32"),
-        (Attribute.MODULE_VERSION.name, "asciiz"),
-        (Attribute.FEATURES.name, "uint64"),
-        (Attribute.LIMITS.name, "array"),
-        (Attribute.COUNTERS.name, "array"),
-        (Attribute.TOTALS.name, "array"),
-        (Attribute.PROCESSES.name, "cdata"),
-        (Attribute.ADDRESS.name, "uint64"),
-        (Attribute.PAGES.name, "uint64"),
-        (Attribute.DEPTH.name, "uint32"),
-        (Attribute.RECORDS.name, "array"),
-        (Attribute.REFUSED.name, "uint64"),
-        (Attribute.CANDIDATES.name, "cdata"),
-        (Attribute.RESULTS.name, "array"),
-        (Attribute.UNMERGED.name, "uint64"),
-        (Attribute.NEXT.name, "uint64"),
-        (Attribute.FLAGS.name, "uint32"),
-        (Attribute.SPLIT_PERCENT.name, "uint32"),
-        (Attribute.COUNT_ONLY.name, "flag"),
-        (Attribute.FULL_PAGES.name, "cdata"),
-    )
-
-
 @dataclass(frozen=True)
 class Run:
     """Neighbouring pages from `address` on, as CHECKSUM saw them.
@@ -150,9 +128,7 @@ class Module:
     def __init__(self) -> None:
         """Open it. Raises ModuleMissing, PermissionDenied, ContractMismatch."""
         try:
-            self._netlink = GenericNetlink(
-                contract.FAMILY_NAME, contract.CONTRACT_VERSION, _Message
-            )
+            self._netlink = GenericNetlink(contract.FAMILY_NAME, contract.CONTRACT_VERSION)
         except FamilyMissing:
             raise _failure(errno.ENOENT, "the kernel module mergemem is not loaded") from None
         try:
@@ -192,9 +168,9 @@ class Module:
         """Versions, limits, counters and live totals. Raises ModuleMissing, PermissionDenied."""
         reply = self._do(Command.INFO)
         return Info(
-            contract_version=reply.get_attr(Attribute.CONTRACT_VERSION.name),
-            module_version=reply.get_attr(Attribute.MODULE_VERSION.name) or "",
-            features=Feature(reply.get_attr(Attribute.FEATURES.name) or 0),
+            contract_version=_number(reply, Attribute.CONTRACT_VERSION),
+            module_version=text_of(reply.get(Attribute.MODULE_VERSION)),
+            features=Feature(_number(reply, Attribute.FEATURES, absent=0)),
             limits=Limits(**_structure(reply, Attribute.LIMITS, contract.LIMITS)),
             counters=_counters(_structure(reply, Attribute.COUNTERS, contract.COUNTERS)),
             totals=Totals(**_structure(reply, Attribute.TOTALS, contract.TOTALS)),
@@ -220,15 +196,15 @@ class Module:
         for start in range(address, end, PAGES_PER_DUMP * PAGE_BYTES):
             first, count = (start - address) // PAGE_BYTES, (end - start) // PAGE_BYTES
             count = min(PAGES_PER_DUMP, count)
-            request: list[tuple[str, Any]] = [
-                (Attribute.PROCESSES.name, named),
-                (Attribute.ADDRESS.name, start),
-                (Attribute.PAGES.name, count),
-                (Attribute.DEPTH.name, depth_bytes),
+            request = [
+                (Attribute.PROCESSES, named),
+                _u64(Attribute.ADDRESS, start),
+                _u64(Attribute.PAGES, count),
+                _u32(Attribute.DEPTH, depth_bytes),
             ]
             if full is not None:
                 bitmap = np.packbits(full[first : first + count], bitorder="little").tobytes()
-                request.append((Attribute.FULL_PAGES.name, bitmap))
+                request.append((Attribute.FULL_PAGES, bitmap))
             try:
                 replies = self._netlink.dump(Command.CHECKSUM, request)
             except NetlinkFailure as failure:
@@ -252,19 +228,17 @@ class Module:
         """
         # What comes sorted costs the kernel no sorting.
         order = np.lexsort((candidates["address"], candidates["process"]))
-        attributes: list[tuple[str, Any]] = [
-            (Attribute.PROCESSES.name, _processes(processes, undumpable)),
-            (Attribute.CANDIDATES.name, _packed(candidates[order], contract.CANDIDATE)),
+        attributes = [
+            (Attribute.PROCESSES, _processes(processes, undumpable)),
+            (Attribute.CANDIDATES, _packed(candidates[order], contract.CANDIDATE)),
         ]
         if any_node:
-            attributes.append((Attribute.FLAGS.name, int(MergeFlag.ANY_NODE)))
+            attributes.append(_u32(Attribute.FLAGS, MergeFlag.ANY_NODE))
         if split_percent is not None:
-            attributes.append((Attribute.SPLIT_PERCENT.name, split_percent))
+            attributes.append(_u32(Attribute.SPLIT_PERCENT, split_percent))
         reply = self._do(Command.MERGE, *attributes)
         results = np.empty(len(candidates), dtype=contract.RESULT)
-        results[order] = np.frombuffer(
-            reply.get_attr(Attribute.RESULTS.name), dtype=contract.RESULT
-        )
+        results[order] = _array(reply, Attribute.RESULTS, contract.RESULT)
         return results
 
     def unmerge(
@@ -281,20 +255,20 @@ class Module:
         changed: the merged pages are only counted. Raises NoSuchProcess, AccessDenied, Busy, and
         OutOfMemory before anything was changed.
         """
-        attributes: list[tuple[str, Any]] = [
-            (Attribute.PROCESSES.name, _processes([process], {process} if undumpable else ())),
-            (Attribute.ADDRESS.name, address),
-            (Attribute.PAGES.name, pages),
+        attributes = [
+            (Attribute.PROCESSES, _processes([process], {process} if undumpable else ())),
+            _u64(Attribute.ADDRESS, address),
+            _u64(Attribute.PAGES, pages),
         ]
         if count_only:
-            attributes.append((Attribute.COUNT_ONLY.name, True))
+            attributes.append((Attribute.COUNT_ONLY, b""))
         reply = self._do(Command.UNMERGE, *attributes)
         return Unmerged(
-            pages=reply.get_attr(Attribute.UNMERGED.name),
-            next_address=reply.get_attr(Attribute.NEXT.name),
+            pages=_number(reply, Attribute.UNMERGED),
+            next_address=_number(reply, Attribute.NEXT),
         )
 
-    def _do(self, command: Command, *attributes: tuple[str, Any]) -> genlmsg:
+    def _do(self, command: Command, *attributes: tuple[int, bytes]) -> Reply:
         try:
             reply = self._netlink.do(command, attributes)
         except NetlinkFailure as failure:
@@ -317,13 +291,24 @@ def _failure(code: int, message: str) -> ModuleFailure:
     return kind(message, hint=hint)
 
 
+def _u32(attribute: Attribute, value: int) -> tuple[Attribute, bytes]:
+    return attribute, _U32.pack(value)
+
+
+def _u64(attribute: Attribute, value: int) -> tuple[Attribute, bytes]:
+    return attribute, _U64.pack(value)
+
+
 def _processes(processes: Sequence[ProcessId], undumpable: Collection[ProcessId]) -> bytes:
-    packed = np.zeros(len(processes), dtype=contract.PROCESS)
-    for entry, process in zip(packed, processes, strict=True):
-        flags = ProcessFlag.UNDUMPABLE if process in undumpable else 0
-        entry["pid"], entry["flags"] = process.pid, flags
-        entry["start_time"] = process.start_time_ticks
-    return packed.tobytes()
+    entries = [
+        (
+            process.pid,
+            ProcessFlag.UNDUMPABLE if process in undumpable else 0,
+            process.start_time_ticks,
+        )
+        for process in processes
+    ]
+    return np.array(entries, dtype=contract.PROCESS).tobytes()
 
 
 def _packed(values: Array, dtype: np.dtype[Any]) -> bytes:
@@ -332,9 +317,24 @@ def _packed(values: Array, dtype: np.dtype[Any]) -> bytes:
     return values.tobytes()
 
 
-def _structure(reply: genlmsg, attribute: Attribute, dtype: np.dtype[Any]) -> dict[str, Any]:
+def _number(reply: Reply, attribute: Attribute, absent: int | None = None) -> int:
+    """Read a number; `absent` stands for one that is not there. Raises ContractMismatch."""
+    value = reply.get(attribute)
+    if value is not None:
+        return number_of(value)
+    if absent is None:
+        raise ContractMismatch(f"the module's answer lacks {attribute.name}")
+    return absent
+
+
+def _array(reply: Reply, attribute: Attribute, dtype: np.dtype[Any]) -> Array:
+    """Return an array as a view of what was received; an empty one if there is none."""
+    return np.frombuffer(reply.get(attribute, b""), dtype=dtype)
+
+
+def _structure(reply: Reply, attribute: Attribute, dtype: np.dtype[Any]) -> dict[str, Any]:
     """Read one structure: fields that an older module does not send are 0, newer ones unread."""
-    received = bytes(reply.get_attr(attribute.name) or b"")[: dtype.itemsize]
+    received = bytes(reply.get(attribute, b""))[: dtype.itemsize]
     value = np.frombuffer(received.ljust(dtype.itemsize, b"\0"), dtype=dtype)[0]
     return {name: value[name].tolist() for name in dtype.names or ()}
 
@@ -344,10 +344,9 @@ def _counters(fields: dict[str, Any]) -> Counters:
     return Counters(**fields, results={result: counts[result] for result in Result})
 
 
-def _run(reply: genlmsg) -> Run:
-    records = reply.get_attr(Attribute.RECORDS.name)
+def _run(reply: Reply) -> Run:
     return Run(
-        address=reply.get_attr(Attribute.ADDRESS.name),
-        records=np.frombuffer(b"" if records is None else records, dtype=contract.RECORD),
-        refused_pages=reply.get_attr(Attribute.REFUSED.name) or 0,
+        address=_number(reply, Attribute.ADDRESS),
+        records=_array(reply, Attribute.RECORDS, contract.RECORD),
+        refused_pages=_number(reply, Attribute.REFUSED, absent=0),
     )

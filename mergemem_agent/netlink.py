@@ -1,18 +1,9 @@
 # SPDX-License-Identifier: MIT
 """A generic netlink socket: one request at a time, every error with the kernel's own words.
 
-Messages are pyroute2's classes; the socket is Python's. pyroute2's own sockets would do, but
-for four things that the agent cannot live with, and that differ between 0.7 and 0.9:
-
-- an answer of EBUSY is retried for nine seconds (0.7), where the agent must stop within two;
-- the kernel's extended-ack text is lost in larger requests, as the echo of the request is
-  taken for an attribute; asking for NETLINK_CAP_ACK to avoid the echo loses it always;
-- an error that ends a dump half way arrives in the NLMSG_DONE, and is dropped unless the kernel
-  adds a text (both), or success is taken for an error when it does (0.7);
-- 0.9 runs an asyncio loop for each call, which fails inside another loop and leaks a
-  descriptor for each calling thread.
-
-What is left of a socket after that is one sendto() and one recvmsg().
+A message is a header of 16 bytes, the command, and a flat list of numbered attributes. Each starts
+at a multiple of 4 bytes, and so does each message of a datagram. All numbers are in the machine's
+byte order. Documented in netlink(7) and in the kernel's Documentation/userspace-api/netlink.
 """
 
 from __future__ import annotations
@@ -20,40 +11,52 @@ from __future__ import annotations
 import errno
 import os
 import socket
+import struct
 import sys
-from collections.abc import Iterator, Sequence
-from typing import Any, Final
-
-from pyroute2.netlink import (
-    CTRL_CMD_GETFAMILY,
-    GENL_ID_CTRL,
-    NETLINK_EXT_ACK,
-    NETLINK_GENERIC,
-    NLM_F_ACK,
-    NLM_F_ACK_TLVS,
-    NLM_F_DUMP,
-    NLM_F_REQUEST,
-    NLMSG_DONE,
-    NLMSG_ERROR,
-    SOL_NETLINK,
-    ctrlmsg,
-    genlmsg,
-    nla_base,
-    nlmsg,
-)
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Final
 
 from mergemem_agent.error import MergememError
 
-NETLINK_CAP_ACK: Final = 10  # not named by pyroute2: errors need not echo the request
+# linux/socket.h
+SOL_NETLINK: Final = 270
+
+# linux/netlink.h
+NETLINK_GENERIC: Final = 16
+NETLINK_CAP_ACK: Final = 10  # errors do not echo the request, which may be large
+NETLINK_EXT_ACK: Final = 11  # errors come with a text
+NLM_F_REQUEST: Final = 0x1
+NLM_F_ACK: Final = 0x4  # a request: report success, too
+NLM_F_DUMP: Final = 0x300  # a request: of all, not of one
+NLM_F_ACK_TLVS: Final = 0x200  # an answer: attributes follow the error
+NLMSG_ERROR: Final = 2  # the end of what is no dump: errno or 0, header of the request, attributes
+NLMSG_DONE: Final = 3  # the end of a dump: errno or 0, attributes
+NLMSGERR_ATTR_MSG: Final = 1
+NLA_TYPE_MASK: Final = 0x3FFF  # the two bits above it are flags
+
+# linux/genetlink.h: the family that knows all families by name
+GENL_ID_CTRL: Final = 16
+CTRL_VERSION: Final = 2  # net/netlink/genetlink.c
+CTRL_CMD_GETFAMILY: Final = 3
+CTRL_ATTR_FAMILY_ID: Final = 1
+CTRL_ATTR_FAMILY_NAME: Final = 2
+
+_MESSAGE: Final = struct.Struct("=IHHII")  # nlmsghdr: length, type, flags, sequence number, port
+_COMMAND: Final = struct.Struct("=BBH")  # genlmsghdr: command, version of the family, nothing
+_ATTRIBUTE: Final = struct.Struct("=HH")  # nlattr: length with this header, number
+_ERROR: Final = struct.Struct("=i")  # -errno, or 0 for success
 
 # A dump fills the buffer that its reader offered last, up to 32 KiB of payload.
 RECEIVE_BYTES: Final = 65536
 
-# The kernel answers before sendto() returns; a wait this long means that something is broken.
+# The kernel answers before send() returns; a wait this long means that something is broken.
 ANSWER_SECONDS: Final = 60.0
 
-# One message's attributes as pyroute2 takes them: (name, value) pairs.
-Attributes = Sequence[tuple[str, Any]]
+# What a request is made of: numbers and payloads, the latter of at most 65,531 bytes.
+Attributes = Iterable[tuple[int, bytes]]
+
+# One message of an answer: payloads by number, as views of what was received.
+Reply = Mapping[int, memoryview]
 
 
 class NetlinkFailure(MergememError):
@@ -70,64 +73,13 @@ class FamilyMissing(MergememError):
     """No generic netlink family of this name is registered."""
 
 
-class PackedArray(nla_base):  # type: ignore[misc]
-    """A binary attribute, decoded as a view of the received bytes instead of a copy."""
-
-    __slots__ = ()
-
-    fields = (("value", "s"),)
-
-    def ft_decode(self, offset: int) -> None:  # noqa: ARG002  (pyroute2's signature)
-        """Take the payload: what follows the attribute's header of 4 bytes."""
-        self["value"] = memoryview(self.data)[self.offset + 4 : self.offset + self.length]
-
-
-_ACKNOWLEDGEMENT_ATTRIBUTES = (
-    ("NLMSGERR_ATTR_UNUSED", "none"),
-    ("NLMSGERR_ATTR_MSG", "asciiz"),
-    ("NLMSGERR_ATTR_OFFS", "uint32"),
-    ("NLMSGERR_ATTR_COOKIE", "cdata"),
-)
-
-
-class ErrorMessage(nlmsg):  # type: ignore[misc]
-    """NLMSG_ERROR with NETLINK_CAP_ACK set: errno, header of the request, attributes."""
-
-    __slots__ = ()
-
-    fields = (
-        ("error", "i"),
-        ("request_length", "I"),
-        ("request_type", "H"),
-        ("request_flags", "H"),
-        ("request_sequence_number", "I"),
-        ("request_port", "I"),
-    )
-    nla_map = _ACKNOWLEDGEMENT_ATTRIBUTES
-
-
-class DoneMessage(nlmsg):  # type: ignore[misc]
-    """NLMSG_DONE, the end of a dump: errno or 0, attributes."""
-
-    __slots__ = ()
-
-    fields = (("error", "i"),)
-    nla_map = _ACKNOWLEDGEMENT_ATTRIBUTES
-
-
 class GenericNetlink:
-    """One socket, for use by one thread, bound to one generic netlink family.
+    """One socket, for use by one thread, bound to one generic netlink family."""
 
-    Each message that is sent or received is of class `message`, whose `nla_map` names the
-    family's attributes in the order of their numbers. Leave its `prefix` unset: pyroute2 0.7
-    ignores it when an attribute is looked up, 0.9 applies it.
-    """
-
-    def __init__(self, family: str, version: int, message: type[genlmsg]) -> None:
+    def __init__(self, family: str, version: int) -> None:
         """Open a socket and look the family up. Raises FamilyMissing, NetlinkFailure."""
         self.family = family
         self._version = version
-        self._message = message
         self._sequence_number = 0
         self._socket = socket.socket(
             socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, NETLINK_GENERIC
@@ -136,7 +88,8 @@ class GenericNetlink:
             self._socket.setsockopt(SOL_NETLINK, NETLINK_EXT_ACK, 1)
             self._socket.setsockopt(SOL_NETLINK, NETLINK_CAP_ACK, 1)
             self._socket.settimeout(ANSWER_SECONDS)
-            self._socket.bind((0, 0))
+            # Port 0 is the kernel. Nobody else can answer now, so answers are taken as they come.
+            self._socket.connect((0, 0))
             self._type = self._find_family()
         except BaseException:
             self._socket.close()
@@ -154,62 +107,50 @@ class GenericNetlink:
         """Close the socket."""
         self.close()
 
-    def do(self, command: int, attributes: Attributes = ()) -> genlmsg | None:
-        """Send one request; return its reply, or None when only success is reported."""
-        replies = list(self._exchange(self._request(command, attributes), NLM_F_ACK))
+    def do(self, command: int, attributes: Attributes = ()) -> Reply | None:
+        """Send one request; return its reply, or None when only success is reported.
+
+        Raises NetlinkFailure, with ETIMEDOUT when there was no answer in ANSWER_SECONDS.
+        """
+        request = payload_of(command, self._version, attributes)
+        replies = self._exchange(self._type, NLM_F_ACK, request)
         return replies[0] if replies else None
 
-    def dump(self, command: int, attributes: Attributes = ()) -> list[genlmsg]:
-        """Send one dump request; return its replies in their order.
+    def dump(self, command: int, attributes: Attributes = ()) -> list[Reply]:
+        """Send one dump request; return its replies in their order. Raises as do() does.
 
         The dump is read to its end before anything is returned: one that is abandoned half way
         would keep the socket busy. So ask for no more than you want to hold in memory.
         """
-        return list(self._exchange(self._request(command, attributes), NLM_F_DUMP))
+        request = payload_of(command, self._version, attributes)
+        return self._exchange(self._type, NLM_F_DUMP, request)
 
     def _find_family(self) -> int:
-        request = ctrlmsg()
-        request["cmd"] = CTRL_CMD_GETFAMILY
-        request["version"] = 1
-        request["attrs"] = [("CTRL_ATTR_FAMILY_NAME", self.family)]
-        request["header"]["type"] = GENL_ID_CTRL
+        name = (CTRL_ATTR_FAMILY_NAME, self.family.encode() + b"\0")
+        request = payload_of(CTRL_CMD_GETFAMILY, CTRL_VERSION, [name])
         try:
-            (reply,) = self._exchange(request, NLM_F_ACK)
+            (reply,) = self._exchange(GENL_ID_CTRL, NLM_F_ACK, request)
         except NetlinkFailure as failure:
             if failure.code != errno.ENOENT:
                 raise
             raise FamilyMissing(f"generic netlink family {self.family} is not there") from None
-        return int(reply.get_attr("CTRL_ATTR_FAMILY_ID"))
+        return number_of(reply[CTRL_ATTR_FAMILY_ID])
 
-    def _request(self, command: int, attributes: Attributes) -> genlmsg:
-        request = self._message()
-        request["cmd"] = command
-        request["version"] = self._version
-        request["attrs"] = list(attributes)
-        request["header"]["type"] = self._type
-        return request
-
-    def _exchange(self, request: genlmsg, flags: int) -> Iterator[genlmsg]:
-        """Send a request and yield its replies, until the kernel says that this was all."""
-        self._sequence_number += 1
-        header = request["header"]
-        header["flags"] = NLM_F_REQUEST | flags
-        header["sequence_number"] = self._sequence_number
-        request.encode()
-        self._socket.sendto(request.data, (0, 0))
-        reply_class = type(request)
+    def _exchange(self, family: int, mode: int, request: bytes) -> list[Reply]:
+        """Send a request; return its replies once the kernel says that these were all."""
+        self._sequence_number = (self._sequence_number + 1) & 0xFFFF_FFFF
+        length = _MESSAGE.size + len(request)
+        header = _MESSAGE.pack(length, family, NLM_F_REQUEST | mode, self._sequence_number, 0)
+        self._socket.send(header + request)
+        replies: list[Reply] = []
         while True:
-            data = self._receive()
-            offset = 0
-            while offset + 16 <= len(data):
-                reply = _decode(data, offset, reply_class)
-                offset += (reply["header"]["length"] + 3) & ~3
-                if reply["header"]["sequence_number"] != self._sequence_number:
+            for kind, flags, sequence_number, payload in messages_of(self._receive()):
+                if sequence_number != self._sequence_number:
                     continue  # the rest of a request that was given up on a signal
-                if isinstance(reply, (ErrorMessage, DoneMessage)):
-                    _raise_failure(reply)
-                    return
-                yield reply
+                if kind in (NLMSG_ERROR, NLMSG_DONE):
+                    _raise_failure(kind, flags, payload)
+                    return replies
+                replies.append(attributes_of(payload[_COMMAND.size :]))
 
     def _receive(self) -> bytes:
         try:
@@ -223,21 +164,52 @@ class GenericNetlink:
         return data
 
 
-def _decode(data: bytes, offset: int, reply_class: type[genlmsg]) -> nlmsg:
-    kind = int.from_bytes(data[offset + 4 : offset + 6], sys.byteorder)
-    if kind == NLMSG_ERROR:
-        reply_class = ErrorMessage
-    elif kind == NLMSG_DONE:
-        reply_class = DoneMessage
-    reply = reply_class(data, offset=offset)
-    reply.decode()
-    return reply
+def payload_of(command: int, version: int, attributes: Attributes) -> bytes:
+    """Encode a message but for its header. Raises struct.error: an attribute is too long."""
+    parts = [_COMMAND.pack(command, version, 0)]
+    for number, value in attributes:
+        parts += (_ATTRIBUTE.pack(_ATTRIBUTE.size + len(value), number), value)
+        parts.append(bytes(-len(value) % 4))
+    return b"".join(parts)
 
 
-def _raise_failure(reply: nlmsg) -> None:
-    if reply["error"] == 0:
+def messages_of(data: bytes) -> Iterator[tuple[int, int, int, memoryview]]:
+    """Yield type, flags, sequence number and payload of each message of a datagram."""
+    view = memoryview(data)
+    offset = 0
+    while offset + _MESSAGE.size <= len(data):
+        length, kind, flags, sequence_number, _ = _MESSAGE.unpack_from(data, offset)
+        yield kind, flags, sequence_number, view[offset + _MESSAGE.size : offset + length]
+        offset += (length + 3) & ~3
+
+
+def attributes_of(payload: memoryview) -> Reply:
+    """Decode what follows the command of a message: attributes, and nothing copied."""
+    found = {}
+    offset = 0
+    while offset + _ATTRIBUTE.size <= len(payload):
+        length, number = _ATTRIBUTE.unpack_from(payload, offset)
+        found[number & NLA_TYPE_MASK] = payload[offset + _ATTRIBUTE.size : offset + length]
+        offset += (length + 3) & ~3
+    return found
+
+
+def number_of(value: memoryview) -> int:
+    """Decode an unsigned number of any size."""
+    return int.from_bytes(value, sys.byteorder)
+
+
+def text_of(value: memoryview | None) -> str:
+    """Decode a string up to its final zero; '' for an attribute that is not there."""
+    return bytes(value or b"").rstrip(b"\0").decode(errors="replace")
+
+
+def _raise_failure(kind: int, flags: int, payload: memoryview) -> None:
+    (error,) = _ERROR.unpack_from(payload)
+    if error == 0:
         return
     text = ""
-    if reply["header"]["flags"] & NLM_F_ACK_TLVS:
-        text = reply.get_attr("NLMSGERR_ATTR_MSG") or ""
-    raise NetlinkFailure(-reply["error"], text)
+    if flags & NLM_F_ACK_TLVS:
+        before = _ERROR.size + (_MESSAGE.size if kind == NLMSG_ERROR else 0)
+        text = text_of(attributes_of(payload[before:]).get(NLMSGERR_ATTR_MSG))
+    raise NetlinkFailure(-error, text)

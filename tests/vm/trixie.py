@@ -20,7 +20,6 @@ PACKAGES = (
     "python3-jsonschema",
     "python3-numpy",
     "python3-prometheus-client",
-    "python3-pyroute2",
     "python3-pytest",
     "python3-yaml",
     # kernel modules: the tools that come with the headers are linked with these libraries
