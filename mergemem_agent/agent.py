@@ -51,7 +51,7 @@ MODULE_SECONDS: Final = 1.0
 
 # How often a snapshot is taken while there is work, and while there is none.
 SNAPSHOT_SECONDS: Final = 5.0
-IDLE_SNAPSHOT_SECONDS: Final = 10.0
+IDLE_SNAPSHOT_SECONDS: Final = 20.0
 
 # How often the agent looks around without being woken: for hints, and for processes that have grown
 # into a policy.

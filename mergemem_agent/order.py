@@ -16,6 +16,10 @@ one request to the kernel, and slices are ordered by the sums of their regions.
 
 So that none starves, every fourth slice goes to the one that waits longest, if it has been waiting
 for longer than OVERDUE_SECONDS: the n-th in that row has 5 n others before it at most.
+
+A slice that promises less than WORTH_PAGES for each CPU second is not worth the budget. It is
+looked at all the same, since expectations can be wrong, but out of IDLE_SHARE of one CPU (scan.py),
+or when it has been waiting for NEGLECT_SECONDS.
 """
 
 from __future__ import annotations
@@ -37,6 +41,10 @@ SLICE_REGIONS: Final = 16
 OVERDUE_SECONDS: Final = 60.0
 _OVERDUE_TURN: Final = 4
 
+# 4,096 CPU seconds for a GiB.
+WORTH_PAGES: Final = 64.0
+NEGLECT_SECONDS: Final = 600.0
+
 
 @dataclass(frozen=True)
 class Slice:
@@ -48,6 +56,7 @@ class Slice:
     sampled: bool = True  # samples of all pages are due
     straight: bool = False  # do not sample, read all of it in full
     cost_seconds: float = 0.0  # of CPU time, as expected
+    worth: bool = True  # what it is expected to cost
 
     def goes_with(self, other: Slice) -> bool:
         """Tell whether one look does for both: of the same kind, in processes that share."""
@@ -55,6 +64,7 @@ class Slice:
         return (
             self.sampled is other.sampled
             and self.straight is other.straight
+            and self.worth is other.worth
             and mine.policy is yours.policy
             and mine.domain == yours.domain
         )
@@ -88,7 +98,10 @@ class Plan:
         self._sampled, self._straight = sampling[starts], straight[starts]
         self._cost = np.add.reduceat(cost, starts)
         score = np.add.reduceat(expected, starts) / self._cost
-        self._order = _with_turns(score, np.minimum.reduceat(rows["due"], starts), now)
+        due = np.minimum.reduceat(rows["due"], starts)
+        waiting = np.where(due > 0, now - due, 0.0)
+        self._worth = (score >= WORTH_PAGES) | (waiting > NEGLECT_SECONDS)
+        self._order = _with_turns(score, waiting)
 
     def __len__(self) -> int:
         """Return how many slices are left."""
@@ -105,8 +118,15 @@ class Plan:
         numbers = target.regions.rows["number"][first : first + count]
         if len(numbers) < count or int(numbers[-1]) != number + count - 1:
             return None
-        sampled, straight = bool(self._sampled[index]), bool(self._straight[index])
-        return Slice(target, first, count, sampled, straight, float(self._cost[index]))
+        return Slice(
+            target,
+            first,
+            count,
+            sampled=bool(self._sampled[index]),
+            straight=bool(self._straight[index]),
+            cost_seconds=float(self._cost[index]),
+            worth=bool(self._worth[index]),
+        )
 
     def skip(self) -> None:
         """Go on to the slice after the next."""
@@ -161,10 +181,9 @@ def neighbours(numbers: Array, *kinds: Array) -> Array:
     return cut
 
 
-def _with_turns(score: Array, due: Array, now: float) -> Array:
+def _with_turns(score: Array, waiting: Array) -> Array:
     """Return the order by score, but with every fourth place for what waits longest."""
     order = np.argsort(-score, kind="stable")
-    waiting = np.where(due > 0, now - due, 0.0)
     overdue = np.argsort(-waiting, kind="stable")
     overdue = overdue[waiting[overdue] > OVERDUE_SECONDS]
     if not len(overdue):

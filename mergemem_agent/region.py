@@ -124,6 +124,11 @@ class Regions:
             self._next_due = float(self.rows["due"].min(initial=np.inf))
         return self._next_due
 
+    def due_after(self, now: float) -> float:
+        """Return when the first of the regions that are not due yet will be."""
+        due = self.rows["due"]
+        return float(due[due > now].min(initial=np.inf))
+
     def find(self, number: int) -> int | None:
         """Return the index of a region's row, or None when it is not (or no longer) known."""
         numbers = self.rows["number"]

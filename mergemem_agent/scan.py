@@ -53,6 +53,9 @@ YOUNG_SECONDS: Final = 2.0
 _PLAN_SECONDS: Final = 1.0
 _PLAN_FACTOR: Final = 20.0
 
+# Of one CPU: for looks that promise next to nothing, see order.py.
+IDLE_SHARE: Final = 0.0025
+
 # One look: 128 MiB of address space.
 BATCH_REGIONS: Final = 64
 
@@ -93,6 +96,8 @@ class ScanQueue:
         self.costs = Costs()
         self._plan: Plan | None = None
         self._plan_ends = 0.0
+        self._idle_until = 0.0  # until then, only what is worth it is looked at
+        self._idle = False  # nothing is due but what is not
         self._hints: Counter[str] = Counter()
 
     # --- targets that come and go ---------------------------------------------------------------
@@ -174,6 +179,7 @@ class ScanQueue:
             if self._plan is None or not len(self._plan) or time.monotonic() >= self._plan_ends:
                 self._plan = self._make_plan(ready)
             if batch := self._batch(self._plan, ready, seconds):
+                self._idle = False
                 return batch
             if self._plan_ends > time.monotonic():
                 break
@@ -182,9 +188,12 @@ class ScanQueue:
     def _batch(self, plan: Plan, ready: Callable[[Target], bool], seconds: float) -> list[Slice]:
         batch: list[Slice] = []
         regions, cost_seconds = 0, 0.0
+        rests = time.monotonic() < self._idle_until
         while len(plan):
             work = plan.peek()
-            if work and work.target in self._targets and ready(work.target):
+            if work and rests and not work.worth:
+                self._idle = True
+            elif work and work.target in self._targets and ready(work.target):
                 regions += work.count
                 cost_seconds += work.cost_seconds
                 too_much = regions > BATCH_REGIONS or cost_seconds > seconds
@@ -211,6 +220,8 @@ class ScanQueue:
 
     def learn(self, done: Sequence[Slice], seen: Look, cpu_seconds: float) -> None:
         """Let what a look has seen, and cost, change what is expected of others."""
+        if not done[0].worth:
+            self._idle_until = time.monotonic() + cpu_seconds / IDLE_SHARE
         regions = sum(work.count for work in done)
         self.costs.learn(cpu_seconds, regions, seen.sampled, seen.checksummed)
         self.success.learn(seen.deepened, seen.settled, 0)
@@ -222,7 +233,9 @@ class ScanQueue:
             self._siblings[pool].learn(told["number"], told["pages"], told["merged"])
 
     def due_in(self, pool: Pool) -> bool:
-        """Tell whether processes that share have regions that are due."""
+        """Tell whether processes that share have regions that are due, and will be looked at."""
+        if self._idle:
+            return False
         now = time.monotonic()
         return any(target.regions.next_due <= now for target in self._targets.pool(pool))
 
@@ -231,7 +244,10 @@ class ScanQueue:
         waits = {policy.name: wait_of(policy.name) for policy in self._targets.policies.policies}
         first = math.inf
         for tracked in self._tracked.values():
-            due = min(tracked.regions.next_due, tracked.target.mapped)
+            due = tracked.regions.next_due
+            if self._idle and due <= now:
+                due = min(self._idle_until, tracked.regions.due_after(now))
+            due = min(due, tracked.target.mapped)
             if due < first and tracked.target in self._targets:
                 first = min(first, max(due, now + waits.get(tracked.target.policy.name, 0.0)))
         return max(0.0, first - now)

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mergemem_agent import order, schedule
-from mergemem_agent.order import OVERDUE_SECONDS, SLICE_REGIONS, Plan, Slice
+from mergemem_agent.order import NEGLECT_SECONDS, OVERDUE_SECONDS, SLICE_REGIONS, Plan, Slice
 from mergemem_agent.policy import Policy, Selector
 from mergemem_agent.prior import Costs, Siblings, Success
 from mergemem_agent.procfs import ProcessId
@@ -121,7 +121,7 @@ def test_none_starves(waiting: list[tuple[float, float]]) -> None:
     """Whatever the scores: the n-th of those that are overdue comes n * 5th at the latest."""
     scores = np.array([score for score, _ in waiting])
     due = NOW - np.array([seconds for _, seconds in waiting])
-    found = order._with_turns(scores, due, NOW)
+    found = order._with_turns(scores, NOW - due)
     assert sorted(found.tolist()) == list(range(len(waiting)))
     overdue = [index for index in np.argsort(due, kind="stable") if NOW - due[index] > 60.0]
     place = {index: at for at, index in enumerate(found.tolist())}
@@ -132,7 +132,19 @@ def test_none_starves(waiting: list[tuple[float, float]]) -> None:
 
 def test_without_anybody_overdue_the_score_decides() -> None:
     scores = np.array([1.0, 3.0, 2.0])
-    assert order._with_turns(scores, np.full(3, NOW - 1), NOW).tolist() == [1, 2, 0]
+    assert order._with_turns(scores, np.ones(3)).tolist() == [1, 2, 0]
+
+
+def test_what_promises_next_to_nothing_is_not_worth_it_until_it_was_neglected() -> None:
+    calm, lively, neglected = target(1, 100), target(2, 100), target(3, 100)
+    for one in (calm, neglected):
+        known(one, news=0.0)
+    known(lively, news=100.0)
+    neglected.regions.rows["due"] = NOW - NEGLECT_SECONDS - 1
+    plan = Plan([calm, lively, neglected], [Siblings()] * 3, Success(), Costs(), NOW)
+    works = [take(plan) for _ in range(len(plan))]
+    worth = {work.target.process.pid: work.worth for work in works if work}
+    assert worth == {1: False, 2: True, 3: True}
 
 
 # --- what is measured ----------------------------------------------------------------------------

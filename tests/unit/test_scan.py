@@ -11,15 +11,22 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 
-from mergemem_agent import scan
+from mergemem_agent import order, scan
 from mergemem_agent.hint import Hint
 from mergemem_agent.order import SLICE_REGIONS
 from mergemem_agent.policy import Glob, Policy, PolicySet, Selector
 from mergemem_agent.procfs import Mapping, ProcessId, ProcFs
 from mergemem_agent.region import REGION_BYTES
-from mergemem_agent.scan import BATCH_REGIONS, MAPPINGS_HINT_SECONDS, ScanQueue, region_numbers
+from mergemem_agent.scan import (
+    BATCH_REGIONS,
+    IDLE_SHARE,
+    MAPPINGS_HINT_SECONDS,
+    ScanQueue,
+    region_numbers,
+)
 from mergemem_agent.schedule import MAX_HINTS
-from mergemem_agent.targets import Targets
+from mergemem_agent.targets import Target, Targets
+from mergemem_agent.window import Look
 from tests.unit.sleeper import SLEEPER
 
 SLEEPERS = PolicySet(policies=(Policy(name="sleepers", select=Selector(executable=Glob(SLEEPER))),))
@@ -193,6 +200,32 @@ def test_a_batch_takes_no_longer_than_it_should(sleepers: list[subprocess.Popen[
             rows = work.target.regions.rows[work.first : work.first + work.count]
             rows["due"] = rows["sample"] = time.monotonic() + 1000
     assert len(sizes) > 1
+
+
+def test_looks_that_promise_nothing_take_a_small_share(
+    sleepers: list[subprocess.Popen[bytes]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They rest after each for as long as it took, and many times more; others need not wait."""
+    targets = Targets(SLEEPERS, ProcFs())
+    sync_until(targets, {process.pid for process in sleepers})
+    queue = queue_of(targets)
+    monkeypatch.setattr(order, "WORTH_PAGES", 1e12)
+
+    def anybody(target: Target) -> bool:
+        del target
+        return True
+
+    (work, *_) = queue.next(anybody)
+    assert not work.worth
+    nothing = Look(0, 0, 0, 0, 0, 0, 0, 0, 0, 0)
+    queue.learn([work], nothing, cpu_seconds=10 * IDLE_SHARE)
+    assert queue.next(anybody, seconds=10.0) == []
+    assert 5 < queue.wait_seconds(time.monotonic(), lambda _: 0.0) <= 10
+    assert not queue.due_in(work.target.pool)
+    monkeypatch.setattr(order, "WORTH_PAGES", 0.0)
+    queue._plan_ends = 0.0
+    assert queue.next(anybody)
+    assert queue.due_in(work.target.pool)
 
 
 def test_a_process_that_ends_in_the_queue_is_dropped(
