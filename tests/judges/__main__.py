@@ -12,10 +12,12 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from tests.judges import boot, catalogue, judge, provision, table
 from tests.judges.judge import Finding
 from tests.judges.merger import Settings
+from tests.vm import kernels
 from tests.vm.cache import BUILD
 from tests.vm.steps import say
 
@@ -34,6 +36,9 @@ def main(words: Sequence[str] | None = None) -> int:
         return 2
     if options.list:
         print(table.listing(judges))
+        return 0
+    if options.table:
+        print(table.markdown(_saved()), end="")
         return 0
     if options.prepare:
         provision.prepare()
@@ -85,10 +90,17 @@ def save(findings: Sequence[Finding], settings: Settings, path: Path) -> None:
     path.write_text(json.dumps(text, indent=2) + "\n", encoding="utf-8")
 
 
+def _saved() -> dict[str, dict[str, Any]]:
+    """The last results of each kernel that has some."""
+    found = {kernel.name: RESULTS / f"{kernel.name}.json" for kernel in kernels.load()}
+    return {name: json.loads(path.read_text()) for name, path in found.items() if path.exists()}
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python3 -m tests.judges", description=__doc__)
     add = parser.add_argument
     add("--list", action="store_true", help="the judges' names, and what they check")
+    add("--table", action="store_true", help="the last results of each kernel, as Markdown")
     add("--prepare", action="store_true", help="only make what they need, on the host")
     add("--only", action="append", default=[], metavar="NAME", help="or the beginning of a name")
     add("--seconds", type=int, help="for each judge, instead of its own time")
