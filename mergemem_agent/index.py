@@ -5,7 +5,8 @@ There is no index to keep. When a domain is due, its words (see region.py) are s
 checksums by sorting, one share of the checksums after the other, and what was found is nominated:
 
     words of all regions ── those whose checksum begins with 0, 1, 2 ... ──► chunk
-    chunk ── key = checksum, its low bits replaced by the position in the chunk ──► sorted in place
+    chunk ── those of which another one has the same first bits ──► few, where few are equal
+    key = checksum, its low bits replaced by the position among these ──► sorted in place
     neighbours with the same checksum ──► groups ── is there a gain? ──► nominated pages
 
 Three kinds of groups are found in one pass: pages with the same sample, which are to be read in
@@ -14,14 +15,14 @@ were the same, which are nominated.
 
 Memory. All words of n pages are 8 n bytes and stay where they are (8.3 n with all that goes with
 them). A chunk is a 128th of them, or 8,192 pages where that is more. While it is worked on it takes
-12 bytes a page for words and places, 8 for the keys, and up to 130 for what becomes of them when
-each page is in a group: 150 / 128 = 1.2 bytes; and a 64th of the pages, nominated, 8 bytes each.
-Sum: 9.6 n; the limit is 10 n. 64 GiB of memory in 4 KiB pages take 161 MB at most. Where huge pages
-are to be split, their tally (huge.py) takes 2 bytes more for each of their blocks, and 40 for each
-region: 0.1 n, or 0.2 n with folios of 64 KiB and less. `python -m tests.bench.index_memory`
-measures it.
+12 bytes a page for words and places, 8 for the keys, 80 for counting them by their first bits, and
+after that up to 130 for what becomes of them when each page is in a group: 150 / 128 = 1.2 bytes;
+and a 64th of the pages, nominated, 8 bytes each. Sum: 9.6 n; the limit is 10 n. 64 GiB of memory in
+4 KiB pages take 161 MB at most. Where huge pages are to be split, their tally (huge.py) takes 2
+bytes more for each of their blocks, and 40 for each region: 0.1 n, or 0.2 n with folios of 64 KiB
+and less. `python -m tests.bench.index_memory` measures it.
 
-Time. 220 to 280 ns a page that is searched, where a quarter million are.
+Time. 100 to 130 ns a page that is searched, where a quarter million are.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ from typing import Any, Final
 
 import numpy as np
 
-from mergemem_agent.nominated import MIN_HELD_PAGES, Nominations, packed
+from mergemem_agent.nominated import MIN_HELD_PAGES, Nominations, packed, sizes_of, starts_of
 from mergemem_agent.region import Regions
 from mergemem_agent.word import (
     CHECKSUM_BITS,
@@ -40,7 +41,10 @@ from mergemem_agent.word import (
     FULL,
     HUGE,
     MANY_MAPPINGS,
+    MAP_COUNT_MASK,
+    MAP_COUNT_SHIFT,
     MERGED,
+    PAGE_BITS,
     PARTNER,
     SAMPLE_BITS,
     SETTLED,
@@ -59,6 +63,10 @@ _REGIONS_AT_ONCE: Final = 64
 _HIGHEST_BYTE, _LOWEST_BYTE = (7, 0) if sys.byteorder == "little" else (0, 7)
 
 _U64 = np.uint64
+
+# Of a page that is mapped once, and not merged, _ONE_MAPPING alone of these bits is set.
+_SHARED: Final = MAP_COUNT_MASK | _U64(MERGED)
+_ONE_MAPPING: Final = _U64(1 << MAP_COUNT_SHIFT)
 
 # Is shown words, the place of each, and the number of the group of equal ones that it is in.
 Witness = Callable[[Array, Array, Array], None]
@@ -139,8 +147,10 @@ class _Places:
         self._pages = np.concatenate(
             [np.zeros(0, np.uint16), *(r.rows["pages"] for r in processes)]
         )
-        self._numbers = [regions.rows["number"] for regions in processes]
-        self._starts = np.cumsum([0, *map(len, self._numbers)])
+        self._numbers = np.concatenate(
+            [np.zeros(0, np.uint64), *(r.rows["number"] for r in processes)]
+        )
+        self._starts = np.cumsum([0, *(len(regions.rows) for regions in processes)])
 
     def count(self, needed: int) -> int:
         """Return how many words have one of the flags needed."""
@@ -155,22 +165,21 @@ class _Places:
         self, share: int, share_bits: int, needed: int, huge: bool
     ) -> Iterator[tuple[Array, Array]]:
         """Yield the words of one share that have one of the flags needed, and their places."""
-        unwanted = _U64(ZERO if huge else ZERO | HUGE)
-        head_mask, head = 0xFF << (8 - share_bits) & 0xFF, share << (8 - share_bits)
+        usable = _usable(needed, huge)
         for first, joined in self._joined():
             words = np.frombuffer(joined, dtype=np.uint64)
             # Looking at one byte of each word is several times faster than at all eight.
-            lanes = np.frombuffer(joined, dtype=np.uint8)
-            chosen = lanes[_HIGHEST_BYTE::8] & head_mask == head
-            if needed:
-                chosen &= lanes[_LOWEST_BYTE::8] & needed != 0
-            (positions,) = np.nonzero(chosen)
-            found = words[positions]
-            # Of a merged page that was never read, the checksum is not known.
-            usable = (found & unwanted == 0) & (found & _U64(MERGED | DEEP) != MERGED)
-            ends = np.cumsum(self._pages[first : first + _REGIONS_AT_ONCE], dtype=np.intp)
-            places = np.searchsorted(ends, positions[usable], side="right") + first
-            yield found[usable], places.astype(np.uint32)
+            heads = np.frombuffer(joined, dtype=np.uint8)[_HIGHEST_BYTE::8]
+            (positions,) = (heads >> np.uint8(8 - share_bits) == share).nonzero()
+            found = words.take(positions)
+            chosen = usable.take(found.astype(np.uint8))
+            positions, found = positions[chosen], found[chosen]
+            pages = self._pages[first : first + _REGIONS_AT_ONCE]
+            if len(words) == len(pages) << PAGE_BITS:
+                places = positions >> PAGE_BITS
+            else:
+                places = np.cumsum(pages, dtype=np.intp).searchsorted(positions, side="right")
+            yield found, places.astype(np.uint32) + np.uint32(first)
 
     def _joined(self) -> Iterator[tuple[int, bytes]]:
         """Yield the words of all regions, some at a time, after the place of the first."""
@@ -180,12 +189,18 @@ class _Places:
     def locate(self, places: Array) -> tuple[Array, Array]:
         """Return the index of the process, and the number of the region, of each place."""
         places = places.astype(np.intp)
-        processes = np.searchsorted(self._starts, places, side="right") - 1
-        numbers = np.zeros(len(places), dtype=np.uint64)
-        for process in np.unique(processes).tolist():
-            here = processes == process
-            numbers[here] = self._numbers[process][places[here] - self._starts[process]]
-        return processes, numbers
+        return self._starts.searchsorted(places, side="right") - 1, self._numbers.take(places)
+
+
+def _usable(needed: int, huge: bool) -> Array:
+    """Return for each lowest byte of a word, which holds all of its flags, whether to search it."""
+    flags = np.arange(256)
+    usable: Array = flags & (ZERO if huge else ZERO | HUGE) == 0
+    if needed:
+        usable &= flags & needed != 0
+    # Of a merged page that was never read, the checksum is not known.
+    usable &= flags & (MERGED | DEEP) != MERGED
+    return usable
 
 
 def _found(
@@ -197,47 +212,63 @@ def _found(
     samples: bool,
 ) -> tuple[Array, Array]:
     """Take one chunk through the steps: equal samples, equal checksums, both of them twice."""
-    if marker and samples:
-        chosen, groups = equal(words, share_bits, SAMPLE_BITS)
-        chosen, groups, hopeful = _hopeful(words, chosen, groups)
-        _mark(marker, words, place, hopeful[words[hopeful] & _U64(DEEP) == 0])
-        chosen = chosen[words[chosen] & _U64(DEEP) != 0]
-        members, groups = equal(words[chosen], share_bits)
-        members = chosen[members]
-    else:
-        members, groups = equal(words, share_bits)
+    members, groups = _equal_in_full(words, place, share_bits, marker if samples else None)
     if marker:
-        members, groups, hopeful = _hopeful(words, members, groups)
-        deep = words[hopeful] & _U64(DEEP) != 0
-        _mark(marker, words, place, hopeful[deep])
+        members, groups = _marked(words, place, members, groups, marker, _U64(DEEP))
         settled = words[members] & _U64(SETTLED | MERGED) != 0
         members, groups = members[settled], groups[settled]
     return _nominated(words, place, members, groups, witness)
 
 
-def _hopeful(words: Array, members: Array, groups: Array) -> tuple[Array, Array, Array]:
-    """Leave out groups that are not worth a merge, even if all of their pages were equal.
+def _equal_in_full(
+    words: Array, place: Array, share_bits: int, marker: Marker | None
+) -> tuple[Array, Array]:
+    """Return pages with the same full checksum; a marker is shown those with the same sample."""
+    deep = words & _U64(DEEP) != 0
+    if not marker or deep.all():
+        return equal(words, share_bits)
+    if _unmarked(words, _U64(0)).any():
+        chosen, groups = equal(words, share_bits, SAMPLE_BITS)
+        chosen, _ = _marked(words, place, chosen, groups, marker, _U64(0))
+        chosen = chosen[deep[chosen]]
+    else:
+        (chosen,) = deep.nonzero()
+    members, groups = equal(words[chosen], share_bits)
+    return chosen[members], groups
 
-    Returns the others' members, their groups, and of these members those that would be merged.
+
+def _unmarked(words: Array, depth: np.uint64) -> Array:
+    """Return which words are of that depth, and neither settled nor to be read already."""
+    unmarked: Array = words & _U64(SETTLED | MERGED | PARTNER | DEEP) == depth
+    return unmarked
+
+
+def _marked(
+    words: Array, place: Array, members: Array, groups: Array, marker: Marker, depth: np.uint64
+) -> tuple[Array, Array]:
+    """Show a marker the pages of one depth that are worth reading in full, if all were equal.
+
+    Returns the members of the groups that are worth it, and maybe others, and their groups.
     """
     if not len(members):
-        return members, groups, members
-    total = int(groups[-1]) + 1
+        return members, groups
     # Most groups have been merged already, and a glance tells that.
-    is_open = np.bincount(groups[words[members] & _U64(MERGED) == 0], minlength=total) > 0
-    members, groups = members[is_open[groups]], groups[is_open[groups]]
+    found = words[members]
+    is_open = np.bincount(groups, weights=found & _U64(MERGED) == 0) > 0
+    if not is_open.all():
+        still = is_open[groups]
+        members, groups, found = members[still], groups[still], found[still]
+    if not _unmarked(found, depth).any():
+        return members, groups
     hopeful, of, _ = gainful(words, members, groups)
-    worth = np.zeros(total, dtype=np.bool_)
+    worth = np.zeros(len(is_open), dtype=np.bool_)
     worth[of] = True
-    return members[worth[groups]], groups[worth[groups]], hopeful
-
-
-def _mark(marker: Marker, words: Array, place: Array, hopeful: Array) -> None:
-    """Show those pages to a marker that are neither settled nor to be read already."""
-    done = _U64(SETTLED | MERGED | PARTNER)
-    hopeful = hopeful[words[hopeful] & done == 0]
-    if len(hopeful):
-        marker(words[hopeful], place[hopeful])
+    found = words[hopeful]
+    shown = hopeful[_unmarked(found, depth)]
+    if len(shown):
+        marker(words[shown], place[shown])
+    still = worth[groups]
+    return members[still], groups[still]
 
 
 def _nominated(
@@ -251,7 +282,7 @@ def _nominated(
     members, groups, anchors = gainful(words, members, groups)
     chosen = words[members]
     pages = packed(place[members], page_of(chosen), map_count_of(chosen), anchors)
-    return pages, np.flatnonzero(np.diff(groups, prepend=-1))
+    return pages, starts_of(groups)
 
 
 def _show(witness: Witness, words: Array, place: Array, members: Array, groups: Array) -> None:
@@ -268,22 +299,35 @@ def equal(words: Array, share_bits: int, bits: int = CHECKSUM_BITS) -> tuple[Arr
     of a checksum is lost in a chunk of less than 2**(24 + share_bits) pages, and those that are
     lost in a larger one cost some comparisons in the kernel.
     """
-    position_bits = _U64(len(words).bit_length())
     keys = words << _U64(share_bits)  # the highest bits are the same in all of them
-    low_bits = _U64(64) - _U64(min(bits - share_bits, 64 - int(position_bits)))
+    near = _near(keys, bits - share_bits)
+    keys = keys[near]
+    position_bits = len(keys).bit_length()
+    low_bits = _U64(64 - min(bits - share_bits, 64 - position_bits))
     keys >>= low_bits
     keys <<= low_bits
-    keys |= np.arange(len(words), dtype=np.uint64)
+    keys |= np.arange(len(keys), dtype=np.uint64)
     keys.sort()
     as_before = keys[1:] ^ keys[:-1] < _U64(1) << low_bits
-    member = np.zeros(len(words), dtype=np.bool_)
+    member = np.zeros(len(keys), dtype=np.bool_)
     member[1:] |= as_before
     member[:-1] |= as_before
-    first = np.ones(len(words), dtype=np.bool_)
+    first = np.ones(len(keys), dtype=np.bool_)
     first[1:] = ~as_before
     groups = np.cumsum(first[member], dtype=np.intp) - 1
-    positions = (keys[member] & ((_U64(1) << position_bits) - _U64(1))).astype(np.intp)
-    return positions, groups
+    positions = (keys[member] & _U64((1 << position_bits) - 1)).view(np.int64)
+    return near[positions], groups
+
+
+def _near(keys: Array, bits: int) -> Array:
+    """Return where keys are that may have an equal: the others need no sorting.
+
+    Keys are counted by their first bits, a few more than it takes to number them. Of those without
+    an equal seven in eight are alone then, and a count costs a tenth of the sort.
+    """
+    bits = min(len(keys).bit_length() + 2, bits)
+    heads = (keys >> _U64(64 - bits)).view(np.int64)
+    return (np.bincount(heads).take(heads) > 1).nonzero()[0]
 
 
 def gainful(words: Array, members: Array, groups: Array) -> tuple[Array, Array, Array]:
@@ -293,29 +337,32 @@ def gainful(words: Array, members: Array, groups: Array) -> tuple[Array, Array, 
     frame is mapped m times, c // m frames can be freed; c < m can free none, and would only cost
     the sharing that they have. The merged page takes a frame of its own, unless the group has one.
     """
-    if not len(members):
-        return members, groups, np.zeros(0, dtype=np.bool_)
-    # Sorted by group, anchors first, then by map count.
     chosen = words[members]
+    if (chosen & _SHARED == _ONE_MAPPING).all():
+        # So it is nearly always: then each group is worth it that has two pages.
+        wanted = (np.bincount(groups) > 1)[groups]
+        return members[wanted], groups[wanted], np.zeros(np.count_nonzero(wanted), dtype=np.bool_)
+    # Sorted by group, anchors first, then by map count.
     map_counts = map_count_of(chosen).astype(np.intp)
     merged = chosen & _U64(MERGED) != 0
     kinds = (groups << 9) | np.where(merged, 0, 256 + map_counts)
-    order = np.argsort(kinds, kind="stable")
+    order = kinds.argsort(kind="stable")
     members, groups, merged = members[order], groups[order], merged[order]
     map_counts, kinds = map_counts[order], kinds[order]
 
-    starts = np.flatnonzero(np.diff(kinds, prepend=-1))
-    counts = np.diff(starts, append=len(kinds))
-    frees = counts // map_counts[starts] * ~merged[starts]
-    frees[map_counts[starts] == MANY_MAPPINGS] = 0  # shared well already, and not known exactly
+    starts = starts_of(kinds)
+    counts = sizes_of(starts, len(kinds))
+    mapped = map_counts[starts]
+    frees = counts // mapped * ~merged[starts]
+    frees[mapped == MANY_MAPPINGS] = 0  # shared well already, and not known exactly
 
-    total = groups[-1] + 1
-    usable = merged & (words[members] & _U64(FULL) == 0)
-    anchored = np.bincount(groups[usable], minlength=total) > 0
-    gain = np.bincount(groups[starts], weights=frees, minlength=total) - ~anchored
-    _, first_usable = np.unique(groups[usable], return_index=True)
+    total = int(groups[-1]) + 1
+    usable = (merged & (words[members] & _U64(FULL) == 0)).nonzero()[0]
+    first_usable = usable[starts_of(groups[usable])]
     anchors = np.zeros(len(members), dtype=np.bool_)
-    anchors[np.flatnonzero(usable)[first_usable]] = True
+    anchors[first_usable] = True
+    gain = np.bincount(groups[starts], weights=frees, minlength=total) - 1
+    gain[groups[first_usable]] += 1  # they have a frame
 
-    wanted = (np.repeat(frees > 0, counts) | anchors) & (gain > 0)[groups]
+    wanted = ((frees > 0).repeat(counts) | anchors) & (gain > 0)[groups]
     return members[wanted], groups[wanted], anchors[wanted]

@@ -6,14 +6,23 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Final
 
 import numpy as np
 
 from mergemem_agent.contract import CANDIDATE, GROUP_ZERO, PAGE_BYTES, Result
+from mergemem_agent.nominated import starts_of
 from mergemem_agent.region import REGION_SHIFT
 
 Array = np.ndarray[Any, np.dtype[Any]]
+
+_U64 = np.uint64
+_PAGE_SHIFT: Final = _U64(PAGE_BYTES.bit_length() - 1)
+
+# Results as arrays hold them: comparing an array with a member of an enum takes four times as long.
+SUCCESS: Final = np.uint8(Result.SUCCESS)
+ZEROED: Final = np.uint8(Result.ZEROED)
 
 
 @dataclass(frozen=True)
@@ -25,12 +34,23 @@ class Request:
     nominated: Array  # index.NOMINATED, one for each candidate
     split_percent: int | None = None  # it may split huge pages of which it holds so much
 
-    @property
+    @cached_property
     def groups(self) -> Array:
         """The group of each candidate; -1 of those that are in none, as they are zeros."""
         groups = self.candidates["group"].astype(np.int64)
         groups[groups == GROUP_ZERO] = -1
         return groups
+
+    @cached_property
+    def anchors(self) -> Array:
+        """Where the anchors are; most requests have none."""
+        return self.nominated["anchor"].nonzero()[0]
+
+    def merged(self, results: Array) -> Array:
+        """Return which candidates are merged now, and were not."""
+        merged: Array = results == SUCCESS
+        merged[self.anchors] = False
+        return merged
 
     def only(self, chosen: Array) -> Request:
         """Return a request for some of the candidates, whole groups of them."""
@@ -49,9 +69,9 @@ def requests(nominated: Array, max_candidates: int, max_processes: int) -> Itera
     """
     if min(max_candidates, max_processes) < 2:
         raise ValueError("a request must hold at least two candidates and processes")
-    starts = [*_starts(nominated).tolist(), len(nominated)]
+    starts = [*starts_of(nominated["group"]).tolist(), len(nominated)]
     # Processes are counted group by group only where there are that many of them.
-    many = len(np.unique(nominated["process"])) > max_processes
+    many = np.count_nonzero(np.bincount(nominated["process"])) > max_processes
     first = 0
     while first < len(starts) - 1:
         end = bisect_right(starts, starts[first] + max_candidates) - 1
@@ -78,10 +98,6 @@ def _with_few_processes(
     return end
 
 
-def _starts(nominated: Array) -> Array:
-    return np.flatnonzero(np.diff(nominated["group"].astype(np.int64), prepend=-1))
-
-
 def _pieces(group: Array, max_candidates: int, max_processes: int) -> Iterator[Array]:
     """Cut a group that is too large for one request; each piece has the group's anchor.
 
@@ -104,15 +120,19 @@ def request_for(pieces: list[Array], split_percent: int | None = None) -> Reques
 
 
 def _request(nominated: Array, split_percent: int | None = None) -> Request:
-    processes, index = np.unique(nominated["process"], return_inverse=True)
+    named = np.bincount(nominated["process"]) > 0
     candidates = np.empty(len(nominated), dtype=CANDIDATE)
-    address = nominated["number"] << np.uint64(REGION_SHIFT)
-    candidates["address"] = address + nominated["page"].astype(np.uint64) * np.uint64(PAGE_BYTES)
-    candidates["process"] = index
+    address = nominated["number"] << _U64(REGION_SHIFT)
+    address |= nominated["page"].astype(np.uint64) << _PAGE_SHIFT
+    candidates["address"] = address
+    candidates["process"] = (np.cumsum(named) - 1).take(nominated["process"])
     # Pieces of one group are groups of their own to the kernel, which finds the anchor in each.
-    groups = np.cumsum(np.diff(nominated["group"].astype(np.int64), prepend=-1) != 0) - 1
-    candidates["group"] = np.where(nominated["group"] == GROUP_ZERO, GROUP_ZERO, groups)
-    return Request(tuple(processes.tolist()), candidates, nominated, split_percent)
+    group = nominated["group"]
+    begins = np.zeros(len(group), dtype=np.intp)
+    np.not_equal(group[1:], group[:-1], out=begins[1:], casting="unsafe")
+    candidates["group"] = np.cumsum(begins)
+    candidates["group"][group == GROUP_ZERO] = GROUP_ZERO
+    return Request(tuple(named.nonzero()[0].tolist()), candidates, nominated, split_percent)
 
 
 def freed_frames(request: Request, results: Array) -> int:
@@ -122,26 +142,28 @@ def freed_frames(request: Request, results: Array) -> int:
     shared is free when all m were replaced, and a group without an anchor has taken a new one.
     Zero-filled pages are not among them: see zero_freed_frames().
     """
-    merged = (results == Result.SUCCESS) & ~request.nominated["anchor"]
-    groups = request.groups
-    kinds, counts = np.unique(
-        groups[merged] << 8 | request.nominated["map_count"][merged], return_counts=True
-    )
-    return int((counts // (kinds & 0xFF)).sum()) - len(new_frames(request, results))
+    merged = request.merged(results)
+    map_counts = request.nominated["map_count"][merged]
+    replaced = len(map_counts)
+    if not (map_counts == 1).all():
+        kinds, counts = np.unique(request.groups[merged] << 8 | map_counts, return_counts=True)
+        replaced = int((counts // (kinds & 0xFF)).sum())
+    return replaced - len(new_frames(request, results))
 
 
 def new_frames(request: Request, results: Array) -> Array:
     """Return the groups for which the kernel has made a new shared frame."""
     groups = request.groups
-    merged = np.unique(groups[(results == Result.SUCCESS) & ~request.nominated["anchor"]])
-    return np.setdiff1d(merged, groups[request.nominated["anchor"]])
+    made = np.zeros(len(groups), dtype=np.bool_)
+    made[groups[request.merged(results)]] = True
+    made[groups[request.anchors]] = False
+    return made.nonzero()[0]
 
 
 def zero_freed_frames(request: Request, results: Array) -> int:
     """Return how many frames were freed because the kernel's zero page has taken their place."""
-    map_counts = request.nominated["map_count"][results == Result.ZEROED]
-    kinds, counts = np.unique(map_counts, return_counts=True)
-    return int((counts // np.maximum(kinds, 1)).sum())
+    counts = np.bincount(request.nominated["map_count"][results == ZEROED])
+    return int((counts // np.maximum(np.arange(len(counts)), 1)).sum())
 
 
 def mappings_now(request: Request, results: Array) -> Array:
@@ -149,13 +171,14 @@ def mappings_now(request: Request, results: Array) -> Array:
 
     As far as the request tells; the next look counts them all.
     """
-    groups, anchor = request.groups, request.nominated["anchor"]
-    merged = (results == Result.SUCCESS) & ~anchor
-    sizes = np.bincount(groups[merged], minlength=len(groups))
-    before = np.bincount(
-        groups[anchor], weights=request.nominated["map_count"][anchor], minlength=len(groups)
-    )
-    return np.where(merged, (sizes + before)[groups], 0)
+    groups, anchors = request.groups, request.anchors
+    merged = request.merged(results)
+    mappings = np.bincount(groups[merged], minlength=len(groups))
+    if len(anchors):
+        np.add.at(mappings, groups[anchors], request.nominated["map_count"][anchors])
+    now: Array = mappings.take(groups)
+    now *= merged
+    return now
 
 
 def split_folios(request: Request, results: Array) -> int:
@@ -164,7 +187,7 @@ def split_folios(request: Request, results: Array) -> int:
     One that fork shares is seen in each process, at the same address: it counts once.
     """
     nominated = request.nominated
-    split = (nominated["order"] > 0) & np.isin(results, [Result.SUCCESS, Result.ZEROED])
+    split = (nominated["order"] > 0) & ((results == SUCCESS) | (results == ZEROED))
     pages = nominated[split]
     seen = np.empty(len(pages), dtype=[("number", "u8"), ("block", "u2"), ("map_count", "u1")])
     seen["number"], seen["map_count"] = pages["number"], pages["map_count"]

@@ -230,7 +230,7 @@ class Module:
         order = np.lexsort((candidates["address"], candidates["process"]))
         attributes = [
             (Attribute.PROCESSES, _processes(processes, undumpable)),
-            (Attribute.CANDIDATES, _packed(candidates[order], contract.CANDIDATE)),
+            (Attribute.CANDIDATES, _packed(candidates.take(order), contract.CANDIDATE)),
         ]
         if any_node:
             attributes.append(_u32(Attribute.FLAGS, MergeFlag.ANY_NODE))

@@ -1,56 +1,62 @@
 # SPDX-License-Identifier: MIT
-"""What the results of a MERGE request change: the counts, and what is remembered of its pages."""
+"""What the results of a MERGE request change: the counts, and what is remembered of its pages.
+
+It is done for all of a request's processes together as far as it can be: with few candidates, its
+cost is the number of calls of numpy. What a request has none of takes one of them.
+"""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 
 from mergemem_agent import schedule
-from mergemem_agent.contract import GROUP_ZERO, PAGE_BYTES, Result
+from mergemem_agent.contract import PAGE_BYTES, Result
 from mergemem_agent.counts import Counts
+from mergemem_agent.footprint import Footprint
 from mergemem_agent.huge import HUGE_PAGE_ORDER
 from mergemem_agent.merge import (
     JOINED,
+    SUCCESS,
+    ZEROED,
     Request,
     freed_frames,
     mappings_now,
     split_folios,
     zero_freed_frames,
 )
-from mergemem_agent.region import REGION_PAGES, Regions, positions
+from mergemem_agent.region import REGION_PAGES
 from mergemem_agent.targets import Target
-from mergemem_agent.word import DEEP, FULL, HUGE, MERGED, PARTNER, SETTLED
+from mergemem_agent.word import (
+    DEEP,
+    FULL,
+    HUGE,
+    MERGED,
+    PARTNER,
+    SETTLED,
+)
 
 Array = np.ndarray[Any, np.dtype[Any]]
 _U64 = np.uint64
 
-# What became of one page of a request.
-_OUTCOME = np.dtype(
-    [
-        ("number", np.uint64),  # of its region
-        ("sets", np.uint64),  # flags that its word gets
-        ("keeps", np.uint64),  # and all those that it does not lose
-        ("saved_bytes", np.float64),
-        ("page", np.uint16),
-        ("merged", np.bool_),  # it is a merged page now, and was none
-        ("gained", np.bool_),  # it was merged, or replaced by the zero page
-        ("split", np.bool_),  # it was part of a huge page, which was split
-    ]
-)
+_MOREMAP: Final = np.uint8(Result.MOREMAP)
+_NOTEQUAL: Final = np.uint8(Result.NOTEQUAL)
 
 
 def count(counts: Counts, targets: Sequence[Target], request: Request, results: Array) -> None:
     """Count results and freed frames: small pages, huge pages and zeros apart."""
-    for code in np.flatnonzero(np.bincount(results)).tolist():
-        counts.results[Result(code)] += int(np.count_nonzero(results == code))
-    counts.zero_freed_pages += zero_freed_frames(request, results)
-    owners = request.nominated["process"][results == Result.ZEROED]
-    for index, pages in zip(*np.unique(owners, return_counts=True), strict=True):
-        counts.policy(targets[int(index)].policy.name).zeroed += int(pages)
+    for code, pages in enumerate(np.bincount(results).tolist()):
+        if pages:
+            counts.results[Result(code)] += pages
+    zeroed = results == ZEROED
+    if zeroed.any():
+        counts.zero_freed_pages += zero_freed_frames(request, results)
+        owners = np.bincount(request.nominated["process"][zeroed])
+        for index in owners.nonzero()[0].tolist():
+            counts.policy(targets[index].policy.name).zeroed += int(owners[index])
     freed = freed_frames(request, results)
     if request.split_percent is None:
         counts.freed_pages += freed
@@ -69,83 +75,82 @@ def remember(targets: Sequence[Target], request: Request, results: Array) -> Non
     nominated, and that frame's pages stop being anchors. So does an anchor that nobody is equal to:
     it was written to between its last checksum and its merge, and is to be read in full.
     """
-    pages = request.nominated
-    joined = np.isin(results, list(JOINED))
-    crowded = results == Result.MOREMAP
-    groups = request.candidates["group"]
-    of_full_frame = joined & np.isin(groups, groups[crowded])
-    failed = ~joined & ~crowded
-    sets = np.where(joined, _U64(MERGED | SETTLED), _U64(0))
-    sets |= np.where(of_full_frame, _U64(FULL), _U64(0))
-    sets |= np.where(failed & (groups != GROUP_ZERO), _U64(PARTNER), _U64(0))
-    clears = np.where(joined, _U64(HUGE), np.where(failed, _U64(SETTLED), _U64(0)))
-    suspect = pages["anchor"] & np.isin(groups, _misled(groups, results))
-    sets[suspect] = _U64(MERGED | PARTNER)
-    clears[suspect] = _U64(SETTLED | DEEP)
-
-    mappings = mappings_now(request, results)
-    gained = (results == Result.SUCCESS) | (results == Result.ZEROED)
-    outcomes = np.empty(len(pages), dtype=_OUTCOME)
-    outcomes["number"], outcomes["page"] = pages["number"], pages["page"]
-    outcomes["sets"], outcomes["keeps"] = sets, ~clears
-    outcomes["merged"], outcomes["gained"] = mappings > 0, gained
-    saved = PAGE_BYTES - PAGE_BYTES / np.maximum(mappings, 1)
-    outcomes["saved_bytes"] = np.where(mappings > 0, saved, 0.0)
-    outcomes["split"] = gained & (pages["order"] == HUGE_PAGE_ORDER)
-    now = time.monotonic()
-    order = np.lexsort((pages["page"], pages["number"], pages["process"]))
-    owners, starts = np.unique(pages["process"][order], return_index=True)
-    for owner, mine in zip(owners.tolist(), np.split(order, starts[1:]), strict=True):
-        target = targets[owner]
-        _apply(target.regions, outcomes[mine], now, target.policy.settle_seconds)
-
-
-def _apply(regions: Regions, outcomes: Array, now: float, settle: float) -> None:
-    """Let outcomes, in order of addresses, change what is remembered of one process."""
-    numbers = regions.rows["number"]
-    if not len(numbers):
+    footprint = Footprint.of(request, targets)
+    order = footprint.order
+    if not len(order):
         return
-    rows = np.minimum(numbers.searchsorted(outcomes["number"]), len(numbers) - 1)
-    known = numbers[rows] == outcomes["number"]
-    rows, outcomes = rows[known], outcomes[known]
-    if not len(rows):
-        return
-    starts = np.flatnonzero(np.diff(rows, prepend=-1))
-    ends = [*starts[1:].tolist(), len(rows)]
-    pages, sets, keeps = outcomes["page"], outcomes["sets"], outcomes["keeps"]
-    before, after = [], []
-    for row, start, end in zip(rows[starts].tolist(), starts.tolist(), ends, strict=True):
-        words = regions.words_of(row)
-        at, found = positions(words, pages[start:end])
-        old = words[at]
-        words[at] = new = (old & keeps[start:end][found]) | sets[start:end][found]
-        before.append(old)
-        after.append(new)
-    regions.moved(np.concatenate(before), np.concatenate(after))
-    _account(regions, rows[starts], starts, outcomes, now, settle)
+    sets, keeps = _flags(request, results)
+    pages = request.nominated["page"].take(order)
+    before, after = footprint.change(pages, keeps.take(order), sets.take(order))
+    for part in footprint.parts:
+        part.target.regions.moved(before[part.pages], after[part.pages])
+    gained = (results == SUCCESS) | (results == ZEROED)
+    if gained.any():
+        _account(footprint, request, results, gained)
 
 
-def _account(
-    regions: Regions, rows: Array, starts: Array, outcomes: Array, now: float, settle: float
-) -> None:
-    """Count what was merged in some rows, of which the outcomes begin at `starts`.
+def _flags_by_result() -> tuple[Array, Array]:
+    """Return the flags that the word of a page gets, by result, and all those that it keeps."""
+    sets = np.full(256, PARTNER, dtype=np.uint64)
+    clears = np.full(256, SETTLED, dtype=np.uint64)
+    for result in JOINED:
+        sets[result], clears[result] = MERGED | SETTLED, HUGE
+    sets[Result.MOREMAP] = clears[Result.MOREMAP] = 0
+    return sets, ~clears
+
+
+_SETS, _KEEPS = _flags_by_result()
+
+
+def _flags(request: Request, results: Array) -> tuple[Array, Array]:
+    """Return the flags that the word of each candidate gets, and all those that it keeps."""
+    sets, keeps, groups = _SETS.take(results), _KEEPS.take(results), request.groups
+    zeros = groups < 0
+    if zeros.any():
+        sets[zeros & (sets == PARTNER)] = 0  # they need nobody
+    crowded = results == _MOREMAP
+    if crowded.any():
+        full = _with(groups, crowded)
+        sets[(sets == MERGED | SETTLED) & full.take(groups)] |= _U64(FULL)
+    unequal = results == _NOTEQUAL
+    if len(request.anchors) and unequal.any():
+        # Pages were found to differ there, and none to be equal.
+        misled = _with(groups, unequal)
+        misled[groups[results == SUCCESS]] = False
+        suspect = request.anchors[misled.take(groups[request.anchors])]
+        sets[suspect] = MERGED | PARTNER
+        keeps[suspect] = ~_U64(SETTLED | DEEP)
+    return sets, keeps
+
+
+def _with(groups: Array, chosen: Array) -> Array:
+    """Return for each group whether it has any of the chosen; the last one is that of the zeros."""
+    found = np.zeros(len(groups) + 1, dtype=np.bool_)
+    found[groups[chosen]] = True
+    return found
+
+
+def _account(footprint: Footprint, request: Request, results: Array, gained: Array) -> None:
+    """Count what was merged, region by region.
 
     Regions in which something was gained are looked at again soon; that look counts it all anew.
     """
-    here = regions.rows[rows]
-    merged = np.add.reduceat(outcomes["merged"].astype(np.uint16), starts)
-    here["merged"] = np.minimum(here["merged"] + merged, REGION_PAGES)
-    here["saved_bytes"] += np.add.reduceat(outcomes["saved_bytes"], starts)
-    here["split"][np.logical_or.reduceat(outcomes["split"], starts)] = now
-    gained = np.logical_or.reduceat(outcomes["gained"], starts)
-    if gained.any():
-        soon = here[gained]
+    order, starts, now = footprint.order, footprint.starts, time.monotonic()
+    rows = footprint.take_rows()
+    mappings = mappings_now(request, results).take(order)
+    saved = PAGE_BYTES - PAGE_BYTES / np.maximum(mappings, 1)
+    merged = np.add.reduceat((mappings > 0).view(np.uint8), starts, dtype=np.intp)
+    rows["merged"] = np.minimum(rows["merged"] + merged, REGION_PAGES)
+    rows["saved_bytes"] += np.add.reduceat(saved, starts)
+    huge = request.nominated["order"] == HUGE_PAGE_ORDER
+    if huge.any():
+        rows["split"][np.logical_or.reduceat((gained & huge).take(order), starts)] = now
+    here = np.logical_or.reduceat(gained.take(order), starts)
+    settles = [part.target.policy.settle_seconds for part in footprint.parts]
+    of_regions = footprint.of_regions(settles)
+    for settle in set(settles):
+        chosen = (here & (of_regions == settle)).nonzero()[0]
+        soon = rows.take(chosen)
         schedule.after_merge(soon, now, settle)
-        here[gained] = soon
-    regions.rows[rows] = here
-    regions.changed()
-
-
-def _misled(groups: Array, results: Array) -> Array:
-    """Return the groups in which pages were found to differ, and none to be equal."""
-    return np.setdiff1d(groups[results == Result.NOTEQUAL], groups[results == Result.SUCCESS])
+        rows[chosen] = soon
+    footprint.put_rows(rows)

@@ -391,20 +391,17 @@ class Pipeline:
 
     def _heed(self, targets: list[Target], results: Array) -> None:
         """Let results change what is done next."""
-        self.queue.success.learn(0, 0, int(np.count_nonzero(results == Result.SUCCESS)))
-        crowded = int(np.count_nonzero(results == Result.MOREMAP))
-        if crowded:
+        counts = np.bincount(results, minlength=len(Result)).tolist()
+        self.queue.success.learn(0, 0, counts[Result.SUCCESS])
+        if crowded := counts[Result.MOREMAP]:
             self._news[targets[0].pool].deep += crowded
             self._searched.setdefault(targets[0].pool, time.monotonic())
-        if np.isin(results, list(GONE)).any():
+        if any(counts[result] for result in GONE):
             self._synced = -float("inf")  # /proc tells who is gone
-        self._rest_without_memory(results)
-
-    def _rest_without_memory(self, results: Array) -> None:
-        if (results == Result.NOMEM).any():
+        if counts[Result.NOMEM]:
             self._no_memory_until = time.monotonic() + self._no_memory_seconds
             self._no_memory_seconds = min(self._no_memory_seconds * 2, NOMEM_MAX_SECONDS)
-        elif (results == Result.SUCCESS).any():
+        elif counts[Result.SUCCESS]:
             self._no_memory_seconds = NOMEM_SECONDS
 
     def _scan_failed(self, work: Slice, failure: ModuleFailure) -> None:

@@ -36,13 +36,13 @@ def zero_requests(
                 piece = part[first : first + max_candidates]
                 too_many = len(named | {process}) > max_processes
                 if held and (pages + len(piece) > max_candidates or too_many):
-                    yield request_for([np.concatenate(held)])
+                    yield request_for(held)
                     held, pages, named = [], 0, set()
                 held.append(piece)
                 pages += len(piece)
                 named.add(process)
     if held:
-        yield request_for([np.concatenate(held)])
+        yield request_for(held)
 
 
 def _pages_of(process: int, regions: Regions) -> Iterator[Array]:
