@@ -41,7 +41,7 @@ log = logging.getLogger(__name__)
 
 DRAIN_SECONDS: Final = 1.0
 EVENT_SECONDS: Final = 0.25  # how often it is worth asking for events
-LOSS_DRAINS: Final = 5  # lost events are looked for every so many times DRAIN_SECONDS
+LOSS_DRAINS: Final = 15  # lost events are looked for every so many times DRAIN_SECONDS
 
 # Counting one takes some 150 ns, so this is 0.015 % of one CPU.
 SAMPLED_PER_SECOND: Final = 1_000

@@ -20,6 +20,7 @@ from typing import Any, Final
 import numpy as np
 
 from mergemem_agent import schedule
+from mergemem_agent.hint import Hint
 from mergemem_agent.word import (
     PAGE_BITS,
     PARTNER,
@@ -174,12 +175,16 @@ class Regions:
         moves[Stage.SAMPLED, Stage.PARTNER] = np.count_nonzero(~deep)
         self.count(moves.reshape(-1))
 
-    def hint(self, row: int, now: float, settle: float, breaks: bool) -> bool:
+    def hint(self, row: int, now: float, settle: float, hint: Hint) -> bool:
         """Have a row looked at when it has been quiet; False: it was put off often enough.
 
-        To be followed by schedule().
+        So many faults, so much is expected to be new there. To be followed by schedule().
         """
-        return schedule.after_hint(self.rows[row : row + 1], now, settle, breaks)
+        faults = hint.first_touches + hint.write_protect_faults
+        rows = self.rows[row : row + 1]
+        rows["news"] = np.maximum(rows["news"], min(faults, REGION_PAGES))
+        breaks = hint.write_protect_faults > hint.first_touches
+        return schedule.after_hint(rows, now, settle, breaks)
 
     def schedule(self, now: float, settle: float) -> None:
         """Say anew when each region is due, after partners() or a change of its times."""

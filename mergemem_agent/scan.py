@@ -53,8 +53,10 @@ YOUNG_SECONDS: Final = 2.0
 _PLAN_SECONDS: Final = 1.0
 _PLAN_FACTOR: Final = 20.0
 
-# Of one CPU: for looks that promise next to nothing, see order.py.
-IDLE_SHARE: Final = 0.0025
+# Of one CPU: for looks that promise next to nothing, see order.py; and how often it is worth waking
+# up to find out that nothing else is due.
+IDLE_SHARE: Final = 0.001
+IDLE_SECONDS: Final = 2.0
 
 # One look: 128 MiB of address space.
 BATCH_REGIONS: Final = 64
@@ -246,7 +248,8 @@ class ScanQueue:
         for tracked in self._tracked.values():
             due = tracked.regions.next_due
             if self._idle and due <= now:
-                due = min(self._idle_until, tracked.regions.due_after(now))
+                soon = max(tracked.regions.due_after(now), now + IDLE_SECONDS)
+                due = min(self._idle_until, soon)
             due = min(due, tracked.target.mapped)
             if due < first and tracked.target in self._targets:
                 first = min(first, max(due, now + waits.get(tracked.target.policy.name, 0.0)))
@@ -275,7 +278,7 @@ class ScanQueue:
                     target.mapped = now + MAPPINGS_HINT_SECONDS
                     self._read_later(target)
                 self._hints["mapping"] += 1
-            elif target.regions.hint(row, now, target.policy.settle_seconds, _breaks(hint)):
+            elif target.regions.hint(row, now, target.policy.settle_seconds, hint):
                 moved[hint.process] = target
                 self._hints["region"] += 1
             else:
@@ -302,10 +305,6 @@ class ScanQueue:
             hints=dict(self._hints),
             cost_seconds=vars(self.costs).copy(),
         )
-
-
-def _breaks(hint: Hint) -> bool:
-    return hint.write_protect_faults > hint.first_touches
 
 
 def _grown_up(target: Target) -> float:

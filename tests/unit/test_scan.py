@@ -254,8 +254,10 @@ def test_hints_bring_a_region_forward_or_put_it_off(
     process, address = work.target.process, int(rows["number"][0]) * REGION_BYTES
     now = time.monotonic()
     rows["sample"] = rows["due"] = now + 1000
+    rows["news"] = 0.25
     queue.take_hints([Hint(process, address, first_touches=100, write_protect_faults=0)])
     assert now + 9 < rows["due"][0] < now + 100
+    assert rows["news"].tolist() == [100.0, *[0.25] * (len(rows) - 1)]
     queue.take_hints([Hint(process, address, first_touches=0, write_protect_faults=100)])
     assert now + 19 < rows["due"][0] < now + 100
     # Nobody knows of memory there: so the mappings are read again soon.
