@@ -20,10 +20,16 @@ DEFINE_STATIC_CALL_NULL(mergemem_kallsyms_lookup_name, kallsyms_lookup_name);
 /*
  * A kprobe is the one exported way to the address of a function by name. With
  * IBT it points behind the ENDBR, which a direct call does not need.
+ *
+ * It is never armed: disarming allocates, and where that fails the kernel keeps
+ * the probe, without a word to us, in a stack frame that is gone.
  */
 static int find_lookup(void)
 {
-	struct kprobe probe = { .symbol_name = "kallsyms_lookup_name" };
+	struct kprobe probe = {
+		.symbol_name = "kallsyms_lookup_name",
+		.flags = KPROBE_FLAG_DISABLED,
+	};
 	int err = register_kprobe(&probe);
 
 	if (err)
