@@ -7,10 +7,22 @@ import re
 import time
 from pathlib import Path
 
+import numpy as np
+
+from tests.kernel import frames
+
 # Readings that agree this well are what the system settled at.
 STEADY_PAGES = 200
 STEADY_SECONDS = 0.5
 DEADLINE_SECONDS = 60.0
+# Page cache is on a list; the rest is not made of single pages, or free.
+KNOWN_USERS = (
+    frames.KPF_LRU,
+    frames.KPF_SLAB,
+    frames.KPF_BUDDY,
+    frames.KPF_COMPOUND_HEAD,
+    frames.KPF_COMPOUND_TAIL,
+)
 
 
 def free_pages() -> int:
@@ -35,3 +47,20 @@ def settled_free_pages() -> int:
         time.sleep(STEADY_SECONDS)
         readings.append(free_pages())
     return readings[-1]
+
+
+def forgotten_frames() -> list[int]:
+    """Frames that hold a page of a process, or a shared one, though no process maps it any more.
+
+    So somebody has a reference. Pages of processes tell what they are until they are freed; a
+    shared one has content, and no user that the kernel knows of.
+    """
+    # What is on its way to a list of the kernel gets there.
+    Path("/proc/sys/vm/compact_memory").write_text("1")
+    flags = frames.all_flags()
+    # Poisoned ones stay for good.
+    innocent = frames.have_any(flags, frames.KPF_MMAP, frames.KPF_HWPOISON)
+    anonymous = frames.have_any(flags, frames.KPF_ANON)
+    content = frames.have_any(flags, frames.KPF_UPTODATE)
+    known = frames.have_any(flags, *KNOWN_USERS)
+    return [int(frame) for frame in np.flatnonzero(~innocent & (anonymous | content & ~known))]

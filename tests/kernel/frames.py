@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Protocol
 
 import numpy as np
@@ -19,7 +20,10 @@ FILE_OR_SHARED = np.uint64(1 << 61)
 SWAPPED = np.uint64(1 << 62)
 PRESENT = np.uint64(1 << 63)
 
-KPF_LRU, KPF_ANON, KPF_SWAPCACHE, KPF_KSM, KPF_THP, KPF_ZERO_PAGE = 5, 12, 13, 21, 22, 24
+KPF_UPTODATE, KPF_LRU, KPF_SLAB, KPF_BUDDY, KPF_MMAP, KPF_ANON = 3, 5, 7, 10, 11, 12
+KPF_SWAPCACHE, KPF_COMPOUND_HEAD, KPF_COMPOUND_TAIL = 13, 15, 16
+KPF_HWPOISON, KPF_KSM, KPF_THP, KPF_ZERO_PAGE = 19, 21, 22, 24
+FLAGS_READ_BYTES = 1 << 20
 
 Words = npt.NDArray[np.uint64]
 
@@ -53,6 +57,20 @@ def map_count(frame: int) -> int:
 def has_flag(frame: int, flag: int) -> bool:
     """Whether a frame has one of the KPF flags."""
     return bool(int(_read("/proc/kpageflags", frame, 1)[0]) >> flag & 1)
+
+
+def all_flags() -> Words:
+    """The KPF flags of each frame that there is."""
+    parts = []
+    with Path("/proc/kpageflags").open("rb", buffering=0) as file:
+        while part := file.read(FLAGS_READ_BYTES):
+            parts.append(part)
+    return np.frombuffer(b"".join(parts), dtype=np.uint64)
+
+
+def have_any(flags: Words, *wanted: int) -> npt.NDArray[np.bool_]:
+    """Which frames have at least one of some KPF flags."""
+    return np.asarray(flags & np.uint64(sum(1 << flag for flag in wanted)) != 0)
 
 
 def assert_distinct(pages: Iterable[_HasFrame]) -> None:

@@ -8,6 +8,7 @@ names return addresses: function and offset. The module's call sites are read fr
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import os
 import re
@@ -18,14 +19,18 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
+PAGE_BYTES = 4096
+MCL_CURRENT = 1
 FAIL_NTH = Path("/proc/thread-self/fail-nth")
 KNOBS = Path("/sys/kernel/debug")
 TRACING = Path("/sys/kernel/tracing")
 INSTANCE = TRACING / "instances" / "mergemem"
 # Slabs, pages. (A failing copy from or to user space is no allocation, and is not traced.)
 ASKED = ("should_failslab", "should_fail_alloc_page")
-# "mergemem_merge+0x12a/0x9f0 [mergemem]"
-FRAME = re.compile(r" => (\w[\w.]*)\+0x([0-9a-f]+)/0x[0-9a-f]+ \[mergemem\]")
+# " => mergemem_merge+0x12a/0x9f0 [mergemem] <ffffffffa000512a>"; of a module that is gone by the
+# time of reading, only " => 0xffffffffa000512a <ffffffffa000512a>".
+FRAME = re.compile(r" => (\w[\w.]*)\+0x([0-9a-f]+)/0x[0-9a-f]+ \[mergemem\] <([0-9a-f]+)>")
+NAMELESS_FRAME = re.compile(r" => 0x[0-9a-f]+ <([0-9a-f]+)>")
 EVENT = re.compile(r" (asked_\w+|failed_\w+): ")
 FAILED = "failed != 0"
 FUNCTION_SYMBOL = re.compile(
@@ -39,6 +44,17 @@ class Site(NamedTuple):
 
     function: str
     offset: int
+
+    def __str__(self) -> str:
+        return f"{self.function}+{self.offset:#x}"
+
+
+class Frame(NamedTuple):
+    """The module's innermost frame in a stack; without a site if the module is gone."""
+
+    site: Site | None
+    # The module is loaded to whole pages: this is the same at each load.
+    place_in_page: int
 
 
 def possible() -> bool:
@@ -77,6 +93,21 @@ def _readelf(flag: str, module: str) -> str:
 
 
 @contextmanager
+def resident() -> Iterator[None]:
+    """No page of a file needs to be read.
+
+    Else the failure may be that of a read, which some file systems do not get over (9p: its files
+    cannot be opened any more).
+    """
+    libc = ctypes.CDLL(None, use_errno=True)
+    assert not libc.mlockall(MCL_CURRENT), os.strerror(ctypes.get_errno())
+    try:
+        yield
+    finally:
+        libc.munlockall()
+
+
+@contextmanager
 def settings() -> Iterator[None]:
     """Any allocation may fail, without a word in the log; and each question is traced."""
     for name, knob, value in (
@@ -97,7 +128,8 @@ def settings() -> Iterator[None]:
     events = INSTANCE / "events" / "mergemem"
     mine = f"common_pid == {threading.get_native_id()}"
     try:
-        (INSTANCE / "options" / "sym-offset").write_text("1")
+        for option in ("sym-offset", "sym-addr"):
+            (INSTANCE / "options" / option).write_text("1")
         for name in ASKED:
             (events / f"asked_{name}" / "filter").write_text(mine)
             (events / f"failed_{name}" / "filter").write_text(FAILED)
@@ -113,24 +145,24 @@ def settings() -> Iterator[None]:
 class Failure:
     """Lets the nth allocation fail within a `with`; then says whether it did, and whose it was.
 
-    With `whole`, also whose all the others were; printing their stacks takes longer than anything
-    else here.
+    With `within`, the name of a system call, also whose all others were that it made; printing
+    their stacks takes longer than anything else here.
     """
 
-    def __init__(self, nth: int, whole: bool = False) -> None:
+    def __init__(self, nth: int, within: str = "") -> None:
         self.nth = nth
-        self.whole = whole
+        self.within = within
         self.happened = False
         # How many were not reached.
         self.left = nth
-        # The module's innermost call under way at each allocation, None for none, in order.
-        self.asked: list[Site | None] = []
-        # The module's call that the failed allocation was part of.
-        self.site: Site | None = None
+        # Where the module was at each allocation, None for not in it, in order.
+        self.asked: list[Frame | None] = []
+        # Where it was at the allocation that failed.
+        self.frame: Frame | None = None
 
     def __enter__(self) -> Failure:
         (INSTANCE / "trace").write_text("")
-        self._trace_questions(self.whole)
+        self._trace_questions(True)
         self._file = os.open(FAIL_NTH, os.O_RDWR)
         os.pwrite(self._file, str(self.nth).encode(), 0)
         return self
@@ -146,14 +178,19 @@ class Failure:
         self._stop()
         os.close(self._file)
         self._trace_questions(False)
-        for event, site in _stacks((INSTANCE / "trace").read_text()):
+        for event, stack in _stacks((INSTANCE / "trace").read_text()):
             if event.startswith("failed"):
-                self.site = site
-            else:
-                self.asked.append(site)
+                self.frame = _named(stack) or _nameless(stack)
+            elif self.within in stack:
+                self.asked.append(_named(stack))
+
+    @property
+    def site(self) -> Site | None:
+        """The module's call that the failed allocation was part of."""
+        return self.frame.site if self.frame else None
 
     def _trace_questions(self, on: bool) -> None:
-        if self.whole:
+        if self.within:
             for name in ASKED:
                 event = INSTANCE / "events" / "mergemem" / f"asked_{name}"
                 mine = f"stacktrace if common_pid == {threading.get_native_id()}"
@@ -170,12 +207,24 @@ class Failure:
             os.pwrite(self._file, b"0", 0)
 
 
-def _stacks(trace: str) -> Iterator[tuple[str, Site | None]]:
-    """Each event, and the module's innermost frame at it."""
+def _stacks(trace: str) -> Iterator[tuple[str, str]]:
+    """Each event, and the stack that follows it."""
     event = ""
     for part in trace.split("<stack trace>"):
-        frame = FRAME.search(part)
         if event:
-            yield event, Site(frame[1], int(frame[2], 16)) if frame else None
+            yield event, part
         names = EVENT.findall(part)
         event = names[-1] if names else ""
+
+
+def _named(stack: str) -> Frame | None:
+    found = FRAME.search(stack)
+    if not found:
+        return None
+    function, offset, address = found.groups()
+    return Frame(Site(function, int(offset, 16)), int(address, 16) % PAGE_BYTES)
+
+
+def _nameless(stack: str) -> Frame | None:
+    found = NAMELESS_FRAME.search(stack)
+    return Frame(None, int(found[1], 16) % PAGE_BYTES) if found else None
