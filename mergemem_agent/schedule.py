@@ -17,6 +17,10 @@ of such a step back.
 
     restless = min(4, restless + 1)  or  max(0, restless - 1/4)
     settle of the region = settle * 2 ** ceil(restless)
+
+So that less is merged that will break, `restless` is 1 at least where more than BREAKAGE of the
+pages of a region differ when they are read in full again, and more than a few: the others are
+likely to be written to as well, only less often.
 """
 
 from __future__ import annotations
@@ -36,6 +40,7 @@ REVISIT: Final = 4.0
 BREAKAGE: Final = 0.05
 _MOST_RESTLESS: Final = 4.0
 _CALMER: Final = 0.25
+_FEW_PAGES: Final = 8
 
 # Hints put off a region this often, at most, before it is looked at.
 MAX_HINTS: Final = 6
@@ -63,6 +68,12 @@ def apart(rows: Array, now: float, settle: float) -> Array:
     before = now - settle_of(rows, settle) * CLOCK_TOLERANCE
     told = np.maximum(rows["read"], rows["sampled"])
     return np.stack([rows["read"] <= before, told <= before], axis=1)
+
+
+def after_movement(rows: Array, again: Array, differ: Array) -> None:
+    """Give regions more time in which many pages `differ`, of those that were read `again`."""
+    moving = differ > np.maximum(BREAKAGE * again, _FEW_PAGES)
+    rows["restless"] = np.where(moving, np.maximum(rows["restless"], 1), rows["restless"])
 
 
 def after_look(

@@ -19,6 +19,7 @@ from mergemem_agent.contract import PAGE_BYTES, RECORD
 from mergemem_agent.look import ORDINARY, Seen, Wanted, compare
 from mergemem_agent.region import REGION_PAGES, STAGES, Regions
 from mergemem_agent.word import (
+    CHECKSUM_MASK,
     DEEP,
     FLAGS,
     MERGED,
@@ -28,6 +29,7 @@ from mergemem_agent.word import (
     WORD,
     ZERO,
     Stage,
+    checksum_bits,
     page_of,
 )
 
@@ -124,6 +126,7 @@ class Window:
         rows, shape = self.rows, (len(self.rows), REGION_PAGES)
         records = records.reshape(shape)
         asked = np.ones(shape, dtype=np.bool_) if full is None else full.reshape(shape)
+        schedule.after_movement(rows, *self._movement(records, asked))
         apart = schedule.apart(rows, now, settle)
         seen = compare(self._words, records, asked, apart, max_mappings, wanted)
         merged_before = rows["merged"].copy()
@@ -172,6 +175,16 @@ class Window:
             start = np.repeat(np.arange(count) * REGION_PAGES, self.rows["pages"])
             spread[start + page_of(words).astype(np.intp)] = words
         return spread.reshape(count, REGION_PAGES)
+
+    def _movement(self, records: Array, asked: Array) -> tuple[Array, Array]:
+        """Return of each region how many pages are read in full again, and how many differ."""
+        again = (self._words & _U64(DEEP)) != 0
+        again &= asked
+        if not again.any():
+            nothing = np.zeros(len(self.rows), dtype=np.intp)
+            return nothing, nothing
+        differs = (self._words ^ checksum_bits(records["checksum"])) & CHECKSUM_MASK != 0
+        return _by_region(again), _by_region(again & differs)
 
     def _count(self, seen: Seen) -> None:
         """Count pages by kind in each region, and by the stage that they leave and enter."""

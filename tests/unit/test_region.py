@@ -349,3 +349,32 @@ def test_zeros_are_seen_twice_too() -> None:
     seen = look_in_depth(known, 110.0, (7, CONTENT, IN_FULL, State.ZERO), sampled=False)
     assert all_flags(known) == {7: ZERO | SETTLED}
     assert seen.settled_zero == 1
+
+
+# --- regions in which much changes ---------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("pages", "moving", "longer"),
+    [(200, 10, False), (200, 11, True), (20, 8, False), (20, 9, True)],
+)
+def test_where_many_pages_change_the_others_wait_longer(
+    pages: int, moving: int, longer: bool
+) -> None:
+    """More than 5 %, and more than 8."""
+    known = regions(1)
+
+    def read(now: float, moving: int) -> Look:
+        contents = [CONTENT + page * 2**40 for page in range(pages)]
+        contents[:moving] = [2**50 * int(now)] * moving
+        return look_in_depth(
+            known, now, *((n, each, IN_FULL, State.ANON) for n, each in enumerate(contents))
+        )
+
+    read(100.0, 0)
+    assert read(100.0 + SETTLE, moving).settled == (0 if longer else pages - moving)
+    known.partners(np.array([0]), np.array([pages - 1]), np.array([True]))
+    known.schedule(100.0 + SETTLE, SETTLE)
+    assert known.next_due == 100.0 + SETTLE + (2 if longer else 1) * SETTLE
+    assert read(100.0 + 3 * SETTLE, moving).settled == (pages - moving if longer else 0)
+    assert known.rows["restless"].tolist() == [1 if longer else 0]
