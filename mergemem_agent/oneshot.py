@@ -10,6 +10,7 @@ from typing import Final
 import numpy as np
 
 from mergemem_agent import outcome
+from mergemem_agent.batch import look
 from mergemem_agent.contract import PAGE_BYTES, Result
 from mergemem_agent.counts import Counts
 from mergemem_agent.error import MergememError
@@ -19,7 +20,7 @@ from mergemem_agent.module import Module, NoSuchProcess
 from mergemem_agent.order import Slice, neighbours
 from mergemem_agent.policy import DomainKind, HugePages, NumaNodes, Policy, Selector
 from mergemem_agent.procfs import Process, ProcFs
-from mergemem_agent.scan import look, region_numbers
+from mergemem_agent.scan import region_numbers
 from mergemem_agent.search import search
 from mergemem_agent.targets import Target
 from mergemem_agent.zero import zero_requests

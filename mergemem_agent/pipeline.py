@@ -14,15 +14,15 @@ from __future__ import annotations
 
 import logging
 import time
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any, Final
 
 import numpy as np
 
 from mergemem_agent import outcome
+from mergemem_agent.batch import look
 from mergemem_agent.budget import Budget
 from mergemem_agent.cap import Caps
 from mergemem_agent.contract import Result
@@ -39,11 +39,12 @@ from mergemem_agent.module import (
     NoSuchProcess,
     PermissionDenied,
 )
+from mergemem_agent.news import News
 from mergemem_agent.order import Slice
 from mergemem_agent.policy import PolicySet
 from mergemem_agent.procfs import ProcFs
 from mergemem_agent.region import Regions
-from mergemem_agent.scan import ScanQueue, look
+from mergemem_agent.scan import ScanQueue
 from mergemem_agent.search import Partners, search
 from mergemem_agent.targets import Pool, Target, Targets
 from mergemem_agent.window import Look
@@ -52,11 +53,6 @@ from mergemem_agent.zero import zero_requests
 Array = np.ndarray[Any, np.dtype[Any]]
 
 log = logging.getLogger(__name__)
-
-# A domain is searched for equal pages when an eighth of it is news, when it has been waiting for
-# this long, or, while the search is cheap, as soon as none of its regions is due.
-INDEX_SECONDS: Final = 30.0
-CHEAP_INDEX_PAGES: Final = 65536
 
 # Hints are taken in at the start of a round, and so often while it lasts.
 HINT_SECONDS: Final = 1.0
@@ -72,14 +68,6 @@ FOLLOWED_RESCANS: Final = 6
 # After NOMEM, merging rests: first for so long, then twice as long each time.
 NOMEM_SECONDS: Final = 10.0
 NOMEM_MAX_SECONDS: Final = 300.0
-
-
-@dataclass
-class _News:
-    """Pages of a pool that are worth a search."""
-
-    samples: int = 0  # by samples, which others may have
-    deep: int = 0  # by full checksums
 
 
 class Pipeline:
@@ -105,8 +93,7 @@ class Pipeline:
         self._pace = pace
         self._hints = hints
         self._events = events
-        self._news: defaultdict[Pool, _News] = defaultdict(_News)  # since the last search
-        self._searched: dict[Pool, float] = {}
+        self._news = News()
         self._tables_in_use = False  # by a search, or a list of requests in the making
         self._zeros = False  # some have settled
         self._synced = -float("inf")
@@ -273,10 +260,7 @@ class Pipeline:
         counts.checksummed += seen.checksummed
         counts.settled += seen.settled
         counts.broken += seen.broken
-        news = self._news[target.pool]
-        self._searched.setdefault(target.pool, time.monotonic())
-        news.samples += seen.fresh
-        news.deep += seen.deepened + seen.settled
+        self._news.add(target.pool, seen.fresh, seen.deepened + seen.settled)
         self._zeros |= seen.settled_zero > 0
         for work in done:
             self.counts.flow.take(work.target.regions)
@@ -289,47 +273,25 @@ class Pipeline:
         pages: Counter[Pool] = Counter()
         for target in self.targets:
             pages[target.pool] += target.regions.pages
-        for pool in self._news.keys() - pages.keys():
-            del self._news[pool]
-            self._searched.pop(pool, None)
-        found = []
-        for pool, news in self._news.items():
-            if self._worth_a_search(pool, news.samples, pages[pool], now):
-                found.append((pool, True))
-            elif self._worth_a_search(pool, news.deep, pages[pool], now):
-                found.append((pool, False))
-        return found
-
-    def _worth_a_search(self, pool: Pool, news: int, pages: int, now: float) -> bool:
-        if not news:
-            return False
-        if news * 8 >= pages or now - self._searched[pool] >= INDEX_SECONDS:
-            return True
-        return pages <= news * 256 + CHEAP_INDEX_PAGES and not self.queue.due_in(pool)
+        return self._news.searches(pages, self.queue.due_in)
 
     def _search(self, module: Module, limits: Limits, pool: Pool, samples: bool) -> None:
         """Search a pool for partners and for what has settled, and merge the latter."""
         targets = self.targets.pool(pool)
-        news, self._news[pool] = self._news[pool], _News()
         memories = [target.regions for target in targets]
         partners = Partners(memories, [target.policy.settle_seconds for target in targets])
         caps = Caps(self.targets.policies, self.memory())
-        seconds, whole = 0.0, False
+        seconds = 0.0
         try:
-            with self._keep_tables():
+            with self._news.taken(pool, samples), self._keep_tables():
                 for request in search(memories, pool.rules, limits, partners, samples):
                     seconds += self._paid("index", targets[0])
                     self._pace()
                     self._merge_within(caps, module, targets, request)
-            seconds += self._paid("index", targets[0])
-            whole = True
+                seconds += self._paid("index", targets[0])
         finally:
             for regions in memories:
                 self.counts.flow.take(regions)
-            # Where the round ends in the middle, there will be another search.
-            self._news[pool].samples += 0 if whole and samples else news.samples
-            self._news[pool].deep += 0 if whole else news.deep
-        self._searched[pool] = time.monotonic()
         self.queue.costs.learn_search(seconds, sum(regions.pages for regions in memories))
         self._pace()
 
@@ -394,8 +356,7 @@ class Pipeline:
         counts = np.bincount(results, minlength=len(Result)).tolist()
         self.queue.success.learn(0, 0, counts[Result.SUCCESS])
         if crowded := counts[Result.MOREMAP]:
-            self._news[targets[0].pool].deep += crowded
-            self._searched.setdefault(targets[0].pool, time.monotonic())
+            self._news.add(targets[0].pool, deep=crowded)
         if any(counts[result] for result in GONE):
             self._synced = -float("inf")  # /proc tells who is gone
         if counts[Result.NOMEM]:

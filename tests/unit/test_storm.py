@@ -58,7 +58,6 @@ def test_nothing_is_kept_of_who_has_gone() -> None:
     queue, flow = pipeline.queue, pipeline.counts.flow
     assert not queue._tracked
     assert not pipeline._news
-    assert not pipeline._searched
     assert [flow.held(stage) for stage in Stage] == [0] * len(Stage)
     # Of mappings that are to be read, the heap forgets the dead when their turn comes.
     assert len(queue._to_read) <= 4 * 200

@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from mergemem_agent.batch import look
 from mergemem_agent.contract import RECORD, State
 from mergemem_agent.look import Wanted
 from mergemem_agent.module import AccessDenied, Module, ModuleMissing, NoSuchProcess, Run
@@ -18,7 +19,6 @@ from mergemem_agent.order import Slice
 from mergemem_agent.policy import Policy, Selector
 from mergemem_agent.procfs import ProcessId
 from mergemem_agent.region import REGION_PAGES, REGION_SHIFT, Regions
-from mergemem_agent.scan import look
 from mergemem_agent.targets import Target
 from mergemem_agent.window import Look, Stretch, Window
 

@@ -1,0 +1,90 @@
+# SPDX-License-Identifier: MIT
+"""What has become known of the pages of each pool since it was searched, and when that is enough.
+
+A pool is searched when an eighth of it is news, when some have been waiting for INDEX_SECONDS, or,
+while the search is cheap, as soon as none of its regions is due.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Final
+
+from mergemem_agent.targets import Pool
+
+INDEX_SECONDS: Final = 30.0
+CHEAP_INDEX_PAGES: Final = 65536
+
+
+@dataclass
+class _PoolNews:
+    """Pages of a pool that are worth a search."""
+
+    searched: float  # when the last search ended, or when there was news for the first time
+    samples: int = 0  # by samples, which others may have
+    deep: int = 0  # by full checksums
+
+
+class News:
+    """The news of all pools."""
+
+    def __init__(self) -> None:
+        """Begin with none."""
+        self._pools: dict[Pool, _PoolNews] = {}
+
+    def __len__(self) -> int:
+        """Return of how many pools there has ever been news."""
+        return len(self._pools)
+
+    def add(self, pool: Pool, samples: int = 0, deep: int = 0) -> None:
+        """Take in how many pages of a pool are news: by their samples, and by full checksums."""
+        news = self._pools.setdefault(pool, _PoolNews(time.monotonic()))
+        news.samples += samples
+        news.deep += deep
+
+    def clear(self) -> None:
+        """Forget all."""
+        self._pools.clear()
+
+    def searches(
+        self, pages: Mapping[Pool, int], due_in: Callable[[Pool], bool]
+    ) -> list[tuple[Pool, bool]]:
+        """Return the pools that are worth a search, and whether by samples or less.
+
+        `pages` has the size of each pool that is there; others are forgotten.
+        """
+        for pool in self._pools.keys() - pages.keys():
+            del self._pools[pool]
+        now = time.monotonic()
+
+        def is_enough(pool: Pool, fresh: int) -> bool:
+            if not fresh:
+                return False
+            if fresh * 8 >= pages[pool] or now - self._pools[pool].searched >= INDEX_SECONDS:
+                return True
+            return pages[pool] <= fresh * 256 + CHEAP_INDEX_PAGES and not due_in(pool)
+
+        found = []
+        for pool, news in self._pools.items():
+            if is_enough(pool, news.samples):
+                found.append((pool, True))
+            elif is_enough(pool, news.deep):
+                found.append((pool, False))
+        return found
+
+    @contextmanager
+    def taken(self, pool: Pool, samples: bool) -> Iterator[None]:
+        """Count anew while a pool is searched; one that ends early leaves all of it as news."""
+        news = self._pools[pool]
+        before, deep_before = news.samples, news.deep
+        news.samples = news.deep = 0
+        try:
+            yield
+        except BaseException:
+            self.add(pool, before, deep_before)
+            raise
+        self.add(pool, 0 if samples else before)
+        news.searched = time.monotonic()

@@ -1,0 +1,103 @@
+# SPDX-License-Identifier: MIT
+"""When a pool has enough news to be searched, and what becomes of the news then."""
+
+from __future__ import annotations
+
+import pytest
+
+from mergemem_agent import news
+from mergemem_agent.news import CHEAP_INDEX_PAGES, INDEX_SECONDS, News
+from mergemem_agent.policy import Policy, Selector
+from mergemem_agent.targets import Pool
+
+RULES = Policy(name="news", select=Selector()).rules
+POOL, OTHER = Pool("one", RULES), Pool("other", RULES)
+MANY = 100 * CHEAP_INDEX_PAGES
+
+
+class Clock:
+    """Stands for the module time."""
+
+    now = 1000.0
+
+    def monotonic(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    chosen = Clock()
+    monkeypatch.setattr(news, "time", chosen)
+    return chosen
+
+
+def searches(found: News, pages: int, due: bool = True) -> list[tuple[Pool, bool]]:
+    return found.searches({POOL: pages}, lambda _: due)
+
+
+@pytest.mark.parametrize(("fresh", "enough"), [(MANY // 8 - 1, False), (MANY // 8, True)])
+def test_an_eighth_is_enough(clock: Clock, fresh: int, enough: bool) -> None:
+    del clock
+    found = News()
+    found.add(POOL, samples=fresh)
+    assert searches(found, MANY) == ([(POOL, True)] if enough else [])
+    found = News()
+    found.add(POOL, deep=fresh)
+    assert searches(found, MANY) == ([(POOL, False)] if enough else [])
+
+
+def test_little_waits_but_not_for_ever(clock: Clock) -> None:
+    found = News()
+    found.add(POOL, deep=1)
+    clock.now += INDEX_SECONDS - 1
+    found.add(POOL, deep=1)
+    assert not searches(found, MANY)
+    clock.now += 1
+    assert searches(found, MANY) == [(POOL, False)]
+
+
+def test_a_cheap_search_waits_until_nothing_is_due(clock: Clock) -> None:
+    del clock
+    found = News()
+    found.add(POOL, samples=1)
+    assert not searches(found, CHEAP_INDEX_PAGES, due=True)
+    assert searches(found, CHEAP_INDEX_PAGES, due=False) == [(POOL, True)]
+    assert not searches(found, CHEAP_INDEX_PAGES + 257, due=False)
+
+
+def test_pools_that_are_gone_are_forgotten() -> None:
+    found = News()
+    found.add(POOL, samples=MANY)
+    found.add(OTHER, samples=MANY)
+    assert searches(found, 8) == [(POOL, True)]
+    assert len(found) == 1
+
+
+@pytest.mark.parametrize(("samples", "left"), [(True, []), (False, [(POOL, True)])])
+def test_a_search_uses_up_what_it_was_about(
+    clock: Clock, samples: bool, left: list[tuple[Pool, bool]]
+) -> None:
+    found = News()
+    found.add(POOL, samples=MANY, deep=MANY)
+    clock.now += 2 * INDEX_SECONDS
+    with found.taken(POOL, samples):
+        assert not searches(found, MANY)
+    assert searches(found, MANY) == left
+    # And the wait begins anew.
+    found.add(POOL, deep=1)
+    assert (POOL, False) not in searches(found, MANY)
+
+
+def test_a_search_that_ends_early_uses_up_nothing(clock: Clock) -> None:
+    del clock
+    found = News()
+    found.add(POOL, samples=MANY // 8 - 1)
+
+    def search() -> None:
+        with found.taken(POOL, samples=True):
+            found.add(POOL, samples=1)  # which came meanwhile
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        search()
+    assert searches(found, MANY) == [(POOL, True)]
