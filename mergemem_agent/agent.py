@@ -16,14 +16,11 @@ import logging
 import math
 import os
 import select
-import signal
-import socket
 import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from types import FrameType
 from typing import Final
 
 from mergemem_agent import __version__, heap
@@ -41,6 +38,7 @@ from mergemem_agent.policy import PolicySet
 from mergemem_agent.policy_file import default_paths, load
 from mergemem_agent.pressure import Pressure
 from mergemem_agent.procfs import ProcFs
+from mergemem_agent.signals import Signals
 
 log = logging.getLogger(__name__)
 
@@ -60,45 +58,6 @@ IDLE_SECONDS: Final = 2.0
 
 class _RoundOver(Exception):
     """A signal wants the agent's attention: the round ends between two slices."""
-
-
-class Signals:
-    """Flags that signals set, and a sleep that they end."""
-
-    def __init__(self) -> None:
-        """Install the handlers. Must be called in the main thread."""
-        self.stop = False
-        self.reload = False
-        # Without this socket a signal that comes just before a sleep would be slept over.
-        self._wake_reader, self._wake_writer = socket.socketpair()
-        for end in (self._wake_reader, self._wake_writer):
-            end.setblocking(False)
-        signal.set_wakeup_fd(self._wake_writer.fileno(), warn_on_full_buffer=False)
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, self._on_stop)
-        signal.signal(signal.SIGHUP, self._on_reload)
-
-    def _on_stop(self, number: int, frame: FrameType | None) -> None:  # noqa: ARG002
-        self.stop = True
-
-    def _on_reload(self, number: int, frame: FrameType | None) -> None:  # noqa: ARG002
-        self.reload = True
-
-    @property
-    def pending(self) -> bool:
-        """Whether there is something to react to."""
-        return self.stop or self.reload
-
-    def sleep(self, seconds: float, descriptor: int | None = None) -> None:
-        """Sleep, but not beyond a signal, nor beyond the moment when `descriptor` is readable."""
-        if self.pending or seconds <= 0:
-            return
-        waited_for = [self._wake_reader.fileno()]
-        if descriptor is not None:
-            waited_for.append(descriptor)
-        readable, _, _ = select.select(waited_for, [], [], seconds)
-        if waited_for[0] in readable:
-            self._wake_reader.recv(4096)
 
 
 @dataclass(frozen=True)
