@@ -108,8 +108,9 @@ class Pipeline:
         self.find_targets()
         self._take_hints()
         end = time.monotonic() + SCAN_SECONDS
-        while not self._sync_is_due() and (self._read_mappings() or self._scan(module, limits)):
-            if time.monotonic() >= end:
+        # At least once: where the budget makes a sync take longer than `rescan`, one is always due.
+        while self._read_mappings() or self._scan(module, limits):
+            if self._sync_is_due() or time.monotonic() >= end:
                 break
             if time.monotonic() >= self._hinted + HINT_SECONDS:
                 self._take_hints()

@@ -313,6 +313,14 @@ def test_endless_scanning_keeps_nothing_from_being_merged(
     scene.until_frames(ALL_SHARED)
 
 
+def test_endless_syncs_keep_nothing_from_being_scanned(
+    scene: Scene, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With a small budget, reading /proc may take longer than the time to the next reading."""
+    monkeypatch.setattr(scene.pipeline, "_sync_is_due", lambda: True)
+    scene.until_frames(ALL_SHARED)
+
+
 def test_a_process_may_end_in_the_middle_of_a_search(
     scene: Scene, monkeypatch: pytest.MonkeyPatch
 ) -> None:
