@@ -330,7 +330,7 @@ def test_the_agent_has_hints(stage: Stage, tmp_path: Path) -> None:
         scanned = agent.metrics()['mergemem_scanned_pages_total{policy="actors"}']
         resident = resident_bytes(agent.pid)
         print(f"agent: {resident / 2**20:.0f} MiB resident, {scanned:.0f} pages scanned")
-        assert resident <= (80 << 20) + 10 * scanned
+        assert resident <= 80 * 10**6 + 10 * scanned
         carol.exit()
         targets(2)
         assert agent.metrics()['mergemem_hints_lost_total{reason="events"}'] == 0
