@@ -8,7 +8,8 @@ before the next one. So over any stretch of t seconds the work takes at most
 
     percent / 100 * (t + BURST_SECONDS) + one slice
 
-and a slice is short: the checksums of 16 MiB, one merge request, or one share of the index.
+and a slice is short: one merge request, one share of the index, or a look, which is made of as many
+regions as are expected to take `slice_seconds`.
 
 CPU time is that of the whole process (time.process_time), so it holds everything: reading /proc,
 answering scrapes, and the kernel's checksums and merges too, as these run inside of system calls
@@ -103,10 +104,11 @@ class Budget:
         """What the agent may take of one CPU at present."""
         return self._agent.percent
 
-    @property
-    def slice_seconds(self) -> float:
-        """How much CPU time a slice should take, where that can be chosen."""
-        return self._agent.percent / 100 * BURST_SECONDS * _SLICE_SHARE
+    def slice_seconds(self, policy: str) -> float:
+        """Return how much CPU time a policy's slice should take, where that can be chosen."""
+        accounts = [self._agent, self._policies.get(policy, self._agent)]
+        percent = min(account.percent for account in accounts)
+        return percent / 100 * BURST_SECONDS * _SLICE_SHARE
 
     def set_percent(self, percent: float) -> None:
         """Let the agent take `percent` of one CPU, and each policy its own in proportion."""

@@ -36,7 +36,7 @@ class News:
         self._pools: dict[Pool, _PoolNews] = {}
 
     def __len__(self) -> int:
-        """Return of how many pools there has ever been news."""
+        """Return how many pools are known, whether there is news of them or not."""
         return len(self._pools)
 
     def add(self, pool: Pool, samples: int = 0, deep: int = 0) -> None:

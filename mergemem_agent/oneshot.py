@@ -17,7 +17,7 @@ from mergemem_agent.error import MergememError
 from mergemem_agent.info import Limits
 from mergemem_agent.merge import Request
 from mergemem_agent.module import Module, NoSuchProcess
-from mergemem_agent.order import Slice, neighbours
+from mergemem_agent.order import BATCH_REGIONS, SLICE_REGIONS, Slice, neighbours
 from mergemem_agent.policy import DomainKind, HugePages, NumaNodes, Policy, Selector
 from mergemem_agent.procfs import Process, ProcFs
 from mergemem_agent.scan import region_numbers
@@ -45,8 +45,7 @@ MEANING: Final = {
     Result.NODE: "on another NUMA node than its group",
 }
 
-# For one look, of at most 128 MiB of address space then.
-_SLICES_AT_ONCE: Final = 4
+_SLICES_AT_ONCE: Final = BATCH_REGIONS // SLICE_REGIONS
 
 
 def main(arguments: Sequence[str]) -> int:

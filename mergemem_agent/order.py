@@ -38,6 +38,8 @@ Array = np.ndarray[Any, np.dtype[Any]]
 
 # One request: 32 MiB of address space.
 SLICE_REGIONS: Final = 16
+# One look: 128 MiB.
+BATCH_REGIONS: Final = 64
 OVERDUE_SECONDS: Final = 60.0
 _OVERDUE_TURN: Final = 4
 

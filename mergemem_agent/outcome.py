@@ -30,14 +30,7 @@ from mergemem_agent.merge import (
 )
 from mergemem_agent.region import REGION_PAGES
 from mergemem_agent.targets import Target
-from mergemem_agent.word import (
-    DEEP,
-    FULL,
-    HUGE,
-    MERGED,
-    PARTNER,
-    SETTLED,
-)
+from mergemem_agent.word import DEEP, FULL, HUGE, MERGED, PARTNER, SETTLED
 
 Array = np.ndarray[Any, np.dtype[Any]]
 _U64 = np.uint64

@@ -21,7 +21,7 @@ from typing import Any, Final
 import numpy as np
 
 from mergemem_agent.hint import Hint
-from mergemem_agent.order import Plan, Slice
+from mergemem_agent.order import BATCH_REGIONS, Plan, Slice
 from mergemem_agent.prior import Costs, Siblings, Success
 from mergemem_agent.procfs import Mapping, PermissionDenied, ProcessGone, ProcessId, ProcFs
 from mergemem_agent.region import REGION_SHIFT, Regions
@@ -53,9 +53,6 @@ _PLAN_FACTOR: Final = 20.0
 # up to find out that nothing else is due.
 IDLE_SHARE: Final = 0.001
 IDLE_SECONDS: Final = 2.0
-
-# One look: 128 MiB of address space.
-BATCH_REGIONS: Final = 64
 
 
 @dataclass(frozen=True)
@@ -167,11 +164,13 @@ class ScanQueue:
 
     # --- what is due ----------------------------------------------------------------------------
 
-    def next(self, ready: Callable[[Target], bool], seconds: float = 0.0) -> list[Slice]:
+    def next(
+        self, ready: Callable[[Target], bool], seconds: Callable[[str], float] = lambda _: 0.0
+    ) -> list[Slice]:
         """Return slices that are due, of targets that are `ready`; none: nothing is.
 
-        All are of one kind, so that one look() does for them; they should take `seconds` of CPU
-        time at most, but for the first.
+        All are of one kind, so that one look() does for them; they should take as much CPU time as
+        `seconds` allows their policy at most, but for the first.
         """
         for _ in range(2):
             if self._plan is None or not len(self._plan) or time.monotonic() >= self._plan_ends:
@@ -183,7 +182,9 @@ class ScanQueue:
                 break
         return []
 
-    def _batch(self, plan: Plan, ready: Callable[[Target], bool], seconds: float) -> list[Slice]:
+    def _batch(
+        self, plan: Plan, ready: Callable[[Target], bool], seconds: Callable[[str], float]
+    ) -> list[Slice]:
         batch: list[Slice] = []
         regions, cost_seconds = 0, 0.0
         rests = time.monotonic() < self._idle_until
@@ -194,7 +195,8 @@ class ScanQueue:
             elif work and work.target in self._targets and ready(work.target):
                 regions += work.count
                 cost_seconds += work.cost_seconds
-                too_much = regions > BATCH_REGIONS or cost_seconds > seconds
+                allowed_seconds = seconds(work.target.policy.name)
+                too_much = regions > BATCH_REGIONS or cost_seconds > allowed_seconds
                 if batch and (too_much or not work.goes_with(batch[0])):
                     break
                 batch.append(work)

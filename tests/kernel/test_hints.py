@@ -10,8 +10,11 @@ from __future__ import annotations
 import mmap
 import os
 import re
+import select
 import threading
+import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -32,6 +35,10 @@ EVENT_BYTES = 16  # one in the ring buffer, with its header
 EVENTS = PAGE_BYTES // EVENT_BYTES
 
 ACTORS = PolicySet(policies=(Policy("actors", Selector(executable=Glob(str(PROGRAM)))),))
+
+
+# select() looks once more when its time is over, so whoever was not woken is told of an event then.
+WAKE_LIMIT_SECONDS = 30.0
 
 
 @pytest.fixture(scope="module")
@@ -217,6 +224,27 @@ def test_processes_come_and_go_by_events(stage: Stage, source: BpfHints) -> None
     follower.follow()  # once: its end is known at once
     assert follower.pids == {alice.pid}
     assert lost(source).keys() <= {"gone"}  # what it did before it ended
+
+
+def test_an_event_wakes_whoever_waits_for_it(stage: Stage, source: BpfHints) -> None:
+    """Else it is only found by the next look around, which here is half a minute away."""
+    source.events()
+
+    def waited() -> tuple[bool, float]:
+        started = time.monotonic()
+        ready = select.select([source.descriptor()], [], [], WAKE_LIMIT_SECONDS)[0]
+        return bool(ready), time.monotonic() - started
+
+    for _ in range(2):  # the second time, after the buffer was emptied
+        with ThreadPoolExecutor() as waiter:
+            found = waiter.submit(waited)
+            time.sleep(1)
+            stage.start()
+        ready, seconds = found.result()
+        assert ready
+        assert seconds < WAKE_LIMIT_SECONDS / 2
+        assert source.events().executed
+        assert not select.select([source.descriptor()], [], [], 0)[0]
 
 
 def test_the_young_are_looked_at_again(stage: Stage, source: BpfHints) -> None:

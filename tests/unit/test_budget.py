@@ -133,3 +133,11 @@ def test_a_budget_of_nothing_waits_and_does_not_fail() -> None:
     budget = clocks.budget(0.0)
     clocks.work(0.01)
     assert budget.wait_seconds() > 60
+
+
+def test_a_slice_is_as_long_as_the_smaller_budget_allows() -> None:
+    """Both accounts pay for it, and what it overdraws of either is slept off."""
+    budget = Clocks().budget(50.0, small=2.0, large=90.0)
+    assert budget.slice_seconds("small") == pytest.approx(0.02 * BURST_SECONDS * 0.4)
+    for policy in ("large", "none of its own"):
+        assert budget.slice_seconds(policy) == pytest.approx(0.5 * BURST_SECONDS * 0.4)

@@ -13,12 +13,11 @@ import pytest
 
 from mergemem_agent import order, scan
 from mergemem_agent.hint import Hint
-from mergemem_agent.order import SLICE_REGIONS
+from mergemem_agent.order import BATCH_REGIONS, SLICE_REGIONS
 from mergemem_agent.policy import Glob, Policy, PolicySet, Selector
 from mergemem_agent.procfs import Mapping, ProcessId, ProcFs
 from mergemem_agent.region import REGION_BYTES
 from mergemem_agent.scan import (
-    BATCH_REGIONS,
     IDLE_SHARE,
     MAPPINGS_HINT_SECONDS,
     ScanQueue,
@@ -159,7 +158,7 @@ def test_every_region_comes_once(
     queue = queue_of(targets)
     handed_out: dict[int, list[int]] = {target.process.pid: [] for target in targets}
     batches = 0
-    while batch := queue.next(lambda _: True, seconds=10.0):
+    while batch := queue.next(lambda _: True, seconds=lambda _: 10.0):
         batches += 1
         assert sum(work.count for work in batch) <= BATCH_REGIONS
         assert all(work.goes_with(batch[0]) for work in batch)
@@ -183,7 +182,7 @@ def test_targets_without_budget_wait(sleepers: list[subprocess.Popen[bytes]]) ->
     queue = queue_of(targets)
     assert queue.next(lambda _: False) == []
     only = sleepers[1].pid
-    batch = queue.next(lambda target: target.process.pid == only, seconds=10.0)
+    batch = queue.next(lambda target: target.process.pid == only, seconds=lambda _: 10.0)
     assert {work.target.process.pid for work in batch} == {only}
 
 
@@ -193,13 +192,33 @@ def test_a_batch_takes_no_longer_than_it_should(sleepers: list[subprocess.Popen[
     queue = queue_of(targets)
     queue.costs.region = 1.0  # CPU second each
     sizes = []
-    while batch := queue.next(lambda _: True, seconds=2.5):
+    while batch := queue.next(lambda _: True, seconds=lambda _: 2.5):
         sizes.append(sum(work.count for work in batch))
         assert len(batch) == 1 or sum(work.cost_seconds for work in batch) <= 2.5
         for work in batch:
             rows = work.target.regions.rows[work.first : work.first + work.count]
             rows["due"] = rows["sample"] = time.monotonic() + 1000
     assert len(sizes) > 1
+
+
+def test_a_batch_is_of_one_kind(sleepers: list[subprocess.Popen[bytes]]) -> None:
+    """Processes that do not share are looked at apart, and so are samples and full checksums."""
+    targets = Targets(SLEEPERS, ProcFs())
+    sync_until(targets, {process.pid for process in sleepers})
+    queue = queue_of(targets)
+    alone, other = targets
+    alone.domain = "its own"
+    other.regions.rows["sample"][1::2] = time.monotonic() + 1000
+    other.regions.rows["first"][1::2] = 100
+    kinds = set()
+    while batch := queue.next(lambda _: True, seconds=lambda _: 10.0):
+        of_batch = {(work.target.domain, work.sampled) for work in batch}
+        assert len(of_batch) == 1
+        kinds |= of_batch
+        for work in batch:
+            rows = work.target.regions.rows[work.first : work.first + work.count]
+            rows["due"] = rows["sample"] = time.monotonic() + 1000
+    assert kinds == {("its own", True), (other.domain, True), (other.domain, False)}
 
 
 def test_looks_that_promise_nothing_take_a_small_share(
@@ -219,7 +238,7 @@ def test_looks_that_promise_nothing_take_a_small_share(
     assert not work.worth
     nothing = Look(0, 0, 0, 0, 0, 0, 0, 0, 0, 0)
     queue.learn([work], nothing, cpu_seconds=10 * IDLE_SHARE)
-    assert queue.next(anybody, seconds=10.0) == []
+    assert queue.next(anybody, seconds=lambda _: 10.0) == []
     assert 5 < queue.wait_seconds(time.monotonic(), lambda _: 0.0) <= 10
     assert not queue.due_in(work.target.pool)
     monkeypatch.setattr(order, "WORTH_PAGES", 0.0)
