@@ -13,7 +13,7 @@ import pytest
 
 from mergemem_agent import order, scan
 from mergemem_agent.hint import Hint
-from mergemem_agent.order import BATCH_REGIONS, SLICE_REGIONS
+from mergemem_agent.order import BATCH_REGIONS, SLICE_REGIONS, Slice
 from mergemem_agent.policy import Glob, Policy, PolicySet, Selector
 from mergemem_agent.procfs import Mapping, ProcessId, ProcFs
 from mergemem_agent.region import REGION_BYTES
@@ -68,6 +68,16 @@ def queue_of(targets: Targets) -> ScanQueue:
     while queue.read_mappings(lambda _: True):
         pass
     return queue
+
+
+def batches(queue: ScanQueue) -> Iterator[list[Slice]]:
+    """Yield all that is due, once."""
+    while batch := queue.next(lambda _: True, seconds=lambda _: 10.0):
+        yield batch
+        for work in batch:
+            rows = work.target.regions.rows[work.first : work.first + work.count]
+            rows["due"] = rows["sample"] = time.monotonic() + 1000
+            work.target.regions.changed()
 
 
 def mapping(start: int, end: int, permissions: str = "rw-p", inode: int = 0) -> Mapping:
@@ -201,24 +211,32 @@ def test_a_batch_takes_no_longer_than_it_should(sleepers: list[subprocess.Popen[
     assert len(sizes) > 1
 
 
-def test_a_batch_is_of_one_kind(sleepers: list[subprocess.Popen[bytes]]) -> None:
-    """Processes that do not share are looked at apart, and so are samples and full checksums."""
+def test_a_batch_is_of_one_domain(sleepers: list[subprocess.Popen[bytes]]) -> None:
+    """Processes that do not share are looked at apart."""
+    targets = Targets(SLEEPERS, ProcFs())
+    sync_until(targets, {process.pid for process in sleepers})
+    alone, other = targets
+    alone.domain = "its own"
+    domains = [{work.target.domain for work in batch} for batch in batches(queue_of(targets))]
+    assert sorted(domains, key=min) == sorted([{"its own"}, {other.domain}], key=min)
+
+
+def test_samples_and_full_checksums_are_taken_apart(
+    sleepers: list[subprocess.Popen[bytes]],
+) -> None:
     targets = Targets(SLEEPERS, ProcFs())
     sync_until(targets, {process.pid for process in sleepers})
     queue = queue_of(targets)
-    alone, other = targets
-    alone.domain = "its own"
-    other.regions.rows["sample"][1::2] = time.monotonic() + 1000
-    other.regions.rows["first"][1::2] = 100
-    kinds = set()
-    while batch := queue.next(lambda _: True, seconds=lambda _: 10.0):
-        of_batch = {(work.target.domain, work.sampled) for work in batch}
-        assert len(of_batch) == 1
-        kinds |= of_batch
-        for work in batch:
-            rows = work.target.regions.rows[work.first : work.first + work.count]
-            rows["due"] = rows["sample"] = time.monotonic() + 1000
-    assert kinds == {("its own", True), (other.domain, True), (other.domain, False)}
+    target, other = targets
+    other.regions.replace(np.zeros(0, dtype=np.uint64))
+    rows = target.regions.rows
+    rows["sample"][1::2] = time.monotonic() + 1000
+    rows["looks"] = 1
+    rows["first"] = rows["pages"] = 100
+    sampled = [{work.sampled for work in batch} for batch in batches(queue)]
+    assert len(sampled) == 2
+    assert {True} in sampled
+    assert {False} in sampled
 
 
 def test_looks_that_promise_nothing_take_a_small_share(
