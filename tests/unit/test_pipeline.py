@@ -222,9 +222,8 @@ def test_a_refused_process_is_dropped_and_the_others_are_merged(scene: Scene) ->
         return plain(process, *arguments, **named)
 
     scene.module.checksum = checksum  # type: ignore[method-assign]
-    scene.rounds(4)
+    scene.until_frames(PROCESSES * PAGES - SHARED * (PROCESSES - 2))
     assert refused not in [target.process for target in scene.pipeline.targets]
-    assert scene.module.frames == PROCESSES * PAGES - SHARED * (PROCESSES - 2)
 
 
 def test_a_missing_module_ends_the_round(scene: Scene) -> None:
@@ -233,12 +232,11 @@ def test_a_missing_module_ends_the_round(scene: Scene) -> None:
 
     scene.module.checksum = checksum  # type: ignore[method-assign]
     with pytest.raises(ModuleMissing):
-        scene.rounds(1)
+        scene.until(lambda: False)
 
 
 def test_after_a_reload_of_the_module_nothing_is_remembered(scene: Scene) -> None:
-    scene.rounds(2)
-    assert scene.pipeline.memory()["scene"].remembered_pages
+    scene.until(lambda: scene.pipeline.memory()["scene"].remembered_pages > 0)
     scene.pipeline.forget_pages()
     assert scene.pipeline.memory()["scene"].remembered_pages == 0
     scene.until_frames(ALL_SHARED)
@@ -291,9 +289,9 @@ def test_zeros_are_replaced_across_domains_and_counted_apart(zero_scene: Scene) 
 def test_a_policy_may_leave_zeros_alone(zero_scene: Scene) -> None:
     without = replace(zero_scene.policy, zero_pages=False)
     zero_scene.pipeline.change_policies(PolicySet(policies=(without,)), Budget(100.0, {}))
+    zero_scene.until(lambda: zero_scene.pipeline.memory()["scene"].zero_pages == 100 * PROCESSES)
     zero_scene.rounds(5)
     assert zero_scene.module.requests == 0
-    assert zero_scene.pipeline.memory()["scene"].zero_pages == 100 * PROCESSES
 
 
 def test_a_process_may_end_while_its_zeros_are_replaced(
