@@ -24,6 +24,7 @@ from mergemem_agent.word import (
     FLAGS,
     MERGED,
     PARTNER,
+    SAMPLE_MASK,
     SETTLED,
     STAGE_OF_FLAGS,
     WORD,
@@ -37,9 +38,17 @@ Array = np.ndarray[Any, np.dtype[Any]]
 
 _U64 = np.uint64
 
+# What reading a page in full has told of it, beside its sample.
+_TOLD_IN_FULL: Final = CHECKSUM_MASK & ~SAMPLE_MASK | _U64(DEEP | SETTLED)
+
+# In every so many looks, what is known of pages that stayed alone is doubted. It is more than twice
+# as many as a page then takes to settle again, or two pages could wait for each other for ever.
+DOUBT_LOOKS: Final = 8
+
 # The flags of a word, or this for a page without one.
 _NO_WORD: Final = FLAGS + 1
 _CODES: Final = FLAGS + 2
+_NOBODY: Final = np.zeros(1, dtype=np.bool_)
 _STAGE_OF_CODE: Final = np.append(STAGE_OF_FLAGS, np.uint8(Stage.ABSENT))
 
 
@@ -128,7 +137,10 @@ class Window:
         asked = np.ones(shape, dtype=np.bool_) if full is None else full.reshape(shape)
         schedule.after_movement(rows, *self._movement(records, asked))
         apart = schedule.apart(rows, now, settle)
-        seen = compare(self._words, records, asked, apart, max_mappings, wanted)
+        doubtful = self._doubtful() & ~asked if sampled else _NOBODY
+        # To be read in full again, should another page have the same sample: a search tells.
+        before = np.where(doubtful, self._words & ~_TOLD_IN_FULL, self._words)
+        seen = compare(before, records, asked, apart, max_mappings, wanted)
         merged_before = rows["merged"].copy()
         self._count(seen)
         _account(rows, records, seen, sampled)
@@ -145,7 +157,7 @@ class Window:
             scanned=seen.present,
             sampled=seen.touched - seen.in_full,
             checksummed=seen.in_full,
-            fresh=int(np.count_nonzero(seen.fresh)),
+            fresh=int(np.count_nonzero(seen.fresh)) + int(np.count_nonzero(doubtful)),
             deepened=seen.deepened,
             settled=seen.settled,
             settled_zero=seen.settled_zero,
@@ -153,6 +165,16 @@ class Window:
             zero=int(rows["zero"].sum()),
             huge=int(rows["huge"].sum()),
         )
+
+    def _doubtful(self) -> Array:
+        """Return which pages may not be what they were when they were read in full.
+
+        What is written to a page beside its sample is not seen, and nobody reads pages in full
+        again that stayed alone. So every few looks such pages may have become equal to others.
+        """
+        alone: Array = (self._words & _U64(DEEP | PARTNER | MERGED | ZERO)) == DEEP
+        alone &= (self.rows["looks"] % DOUBT_LOOKS == DOUBT_LOOKS - 1)[:, np.newaxis]
+        return alone
 
     def _parts(self) -> Iterator[tuple[Stretch, slice]]:
         """Yield each stretch with its place among all rows."""

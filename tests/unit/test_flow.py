@@ -10,7 +10,7 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from mergemem_agent.budget import Budget
@@ -19,6 +19,7 @@ from mergemem_agent.hint import Hint
 from mergemem_agent.policy import PolicySet
 from mergemem_agent.procfs import ProcessId
 from mergemem_agent.region import REGION_BYTES, REGION_PAGES
+from mergemem_agent.window import DOUBT_LOOKS
 from mergemem_agent.word import Stage, stage_of
 from tests.unit.synthetic import FIRST_ADDRESS, SAME_SAMPLE, Host, policy
 
@@ -88,6 +89,8 @@ class History:
         self.host.round(self.pipeline)
 
     def all_due(self) -> None:
+        """As if hours had passed."""
+        self.pipeline.queue._idle_until = 0.0
         for target in self.pipeline.targets:
             target.regions.rows["sample"] = 0.0
             target.regions.schedule(time.monotonic(), 0.0)
@@ -139,6 +142,26 @@ STEPS: dict[str, Callable[[History], None]] = {
         max_size=30,
     )
 )
+# A page that was dismissed, and one that had settled, become equal to others beside their samples.
+@example(
+    ["round", "end", "end", "hint", "round", "start", "refuse", "write", "end", "hint", "write"]
+)
+@example(
+    [
+        "round",
+        "refuse",
+        "end",
+        "round",
+        "end",
+        "round",
+        "hint",
+        "start",
+        "write",
+        "end",
+        "hint",
+        "write",
+    ]
+)
 def test_no_page_is_lost_on_the_way(steps: list[str]) -> None:
     history = History()
     for step in steps:
@@ -146,7 +169,7 @@ def test_no_page_is_lost_on_the_way(steps: list[str]) -> None:
         history.check()
     # And at the end all comes to rest: every page that has an equal one is merged.
     history.host.refused = None
-    for _ in range(8):
+    for _ in range(2 * DOUBT_LOOKS):
         history.all_due()
         history.round()
     history.check()
