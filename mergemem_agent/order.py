@@ -11,8 +11,9 @@ Of all regions that are due, of all targets, those go first that promise most fo
                               + second * success of second
 
 (share, success and costs: prior.py; news: the running average of pages that were not what they
-were.) A region that is due for two of these adds them up. Neighbours of one process make a slice,
-one request to the kernel, and slices are ordered by the sums of their regions.
+were, or all of them as long as nobody has looked twice.) A region that is due for two of these adds
+them up. Neighbours of one process make a slice, one request to the kernel, and slices are ordered
+by the sums of their regions.
 
 So that none starves, every fourth slice goes to the one that waits longest, if it has been waiting
 for longer than OVERDUE_SECONDS: the n-th in that row has 5 n others before it at most.
@@ -32,6 +33,7 @@ import numpy as np
 
 from mergemem_agent.prior import Costs, Siblings, Success
 from mergemem_agent.region import REGION_PAGES
+from mergemem_agent.schedule import NEWS_UNKNOWN
 from mergemem_agent.targets import Target
 
 Array = np.ndarray[Any, np.dtype[Any]]
@@ -159,7 +161,8 @@ def _expectations(
     new = rows["looks"] == 0
     pages = np.where(new, REGION_PAGES, rows["pages"])
     # At least a little of everything, so that a score is never 0 for all.
-    news = np.where(new, REGION_PAGES, rows["news"] + 0.01)
+    unknown = rows["news"] == NEWS_UNKNOWN
+    news = np.where(new, REGION_PAGES, np.where(unknown, pages, rows["news"]) + 0.01)
     first, second = rows["first"].astype(np.float64), rows["second"].astype(np.float64)
     expected = sampling * news * np.maximum(share, 0.001)
     expected += first * success.of_first + second * success.of_second

@@ -48,7 +48,7 @@ ROW: Final = np.dtype(
         ("interval", np.float32),  # seconds between the last samples and the next
         ("saved_bytes", np.float32),  # what merged pages save: 4096 * (1 - 1 / map count) for each
         ("split", np.float32),  # when a huge page was split here; 0: never
-        ("news", np.float32),  # running average of pages that were not what they were
+        ("news", np.float32),  # average of pages that were not what they were, see schedule.py
         ("restless", np.float32),  # 0 to 4: how often its merges break, see schedule.py
         ("looks", np.uint32),  # how often it was looked at
         ("pages", np.uint16),  # that have a word
@@ -182,7 +182,8 @@ class Regions:
         """
         faults = hint.first_touches + hint.write_protect_faults
         rows = self.rows[row : row + 1]
-        rows["news"] = np.maximum(rows["news"], min(faults, REGION_PAGES))
+        if rows["news"][0] != schedule.NEWS_UNKNOWN:
+            rows["news"] = np.maximum(rows["news"], min(faults, REGION_PAGES))
         breaks = hint.write_protect_faults > hint.first_touches
         return schedule.after_hint(rows, now, settle, breaks)
 

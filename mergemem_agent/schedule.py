@@ -48,6 +48,9 @@ MAX_HINTS: Final = 6
 # How much of the average of news is forgotten with each look.
 _NEWS_DECAY: Final = 0.5
 
+# Of a region that was not looked at twice yet.
+NEWS_UNKNOWN: Final = -1.0
+
 # Timers and clocks round: a look that was due after 10 s may come after 9.9999 s.
 CLOCK_TOLERANCE: Final = 0.999
 
@@ -100,7 +103,9 @@ def after_look(
         rows["interval"] = np.where(start_over, least, np.maximum(doubled, least))
         rows["changed"] = (changed > 0) | new
         average = rows["news"] + (changed - rows["news"]) * _NEWS_DECAY
-        rows["news"] = np.where(new, changed, average)
+        # The first look finds everything new, which tells nothing of what comes after it.
+        told = np.where(rows["news"] == NEWS_UNKNOWN, changed, average)
+        rows["news"] = np.where(new, NEWS_UNKNOWN, told)
         rows["sampled"] = now
         rows["sample"] = now + rows["interval"].astype(np.float64)
         rows["hinted"] = 0

@@ -85,6 +85,35 @@ def test_regions_in_which_much_was_new_go_before_calm_ones() -> None:
     assert order_of([calm, restless], Siblings()) == [(2, 100), (1, 100)]
 
 
+def test_what_was_looked_at_only_once_is_looked_at_again() -> None:
+    """The first look finds all of it new, however calm it is; the second one tells."""
+    once, twice = target(1, 100), target(2, 100)
+    for one, changes in (once, [512]), (twice, [512, 0]):
+        for changed in changes:
+            look(one.regions.rows, changed=changed)
+        known(one, looks=len(changes))
+    plan = Plan([once, twice], [Siblings()] * 2, Success(), Costs(), NOW)
+    works = [take(plan) for _ in range(len(plan))]
+    worth = {work.target.process.pid: work.worth for work in works if work}
+    assert worth == {1: True, 2: False}
+
+
+@pytest.mark.parametrize(
+    ("changes", "news"), [([512, 100], 100), ([512, 100, 0], 50), ([512, 0, 100, 100], 75)]
+)
+def test_news_are_averaged_from_the_second_look_on(changes: list[int], news: float) -> None:
+    one = target(1, 100)
+    for changed in changes:
+        look(one.regions.rows, changed=changed)
+    assert one.regions.rows["news"][0] == news
+
+
+def look(rows: Array, changed: int, broken: int = 0, merged_before: int = 0) -> None:
+    """Take in one look at samples of a region's pages."""
+    pages = np.array([[changed], [broken], [merged_before]])
+    schedule.after_look(rows, pages[0], pages[1], pages[2], NOW, 10.0, sampled=True)
+
+
 def test_only_what_promises_enough_is_read_in_full_at_once() -> None:
     costs = Costs()
     assert 0.5 <= costs.straight_share < 1
@@ -190,9 +219,7 @@ def after_looks(*broken: int) -> list[float]:
     rows = np.zeros(1, dtype=ROW)
     factors = []
     for pages in broken:
-        schedule.after_look(
-            rows, np.array([pages]), np.array([pages]), np.array([100]), NOW, 10.0, sampled=True
-        )
+        look(rows, changed=pages, broken=pages, merged_before=100)
         factors.append(float(schedule.settle_of(rows, 10.0)[0]) / 10)
     return factors
 
