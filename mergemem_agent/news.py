@@ -2,7 +2,8 @@
 """What has become known of the pages of each pool since it was searched, and when that is enough.
 
 A pool is searched when an eighth of it is news, when some have been waiting for INDEX_SECONDS, or,
-while the search is cheap, as soon as none of its regions is due.
+while the search is cheap, as soon as none of its regions is due. News that promise less than the
+search costs wait for longer, until more comes or the search is cheap enough for what it is.
 """
 
 from __future__ import annotations
@@ -50,28 +51,36 @@ class News:
         self._pools.clear()
 
     def searches(
-        self, pages: Mapping[Pool, int], due_in: Callable[[Pool], bool]
+        self,
+        pages: Mapping[Pool, int],
+        due_in: Callable[[Pool], bool],
+        rest_seconds: Callable[[Pool, int, bool], float],
     ) -> list[tuple[Pool, bool]]:
         """Return the pools that are worth a search, and whether by samples or less.
 
-        `pages` has the size of each pool that is there; others are forgotten.
+        `pages` has the size of each pool that is there; others are forgotten. `rest_seconds` tells
+        how long so much news of one kind, by samples or not, should wait; 0: it is worth it.
         """
         for pool in self._pools.keys() - pages.keys():
             del self._pools[pool]
         now = time.monotonic()
 
-        def is_enough(pool: Pool, fresh: int) -> bool:
+        def is_enough(pool: Pool, fresh: int, samples: bool) -> bool:
             if not fresh:
                 return False
-            if fresh * 8 >= pages[pool] or now - self._pools[pool].searched >= INDEX_SECONDS:
+            if fresh * 8 >= pages[pool]:
                 return True
-            return pages[pool] <= fresh * 256 + CHEAP_INDEX_PAGES and not due_in(pool)
+            rest = rest_seconds(pool, fresh, samples)
+            if now - self._pools[pool].searched >= max(INDEX_SECONDS, rest):
+                return True
+            cheap = pages[pool] <= fresh * 256 + CHEAP_INDEX_PAGES
+            return cheap and not rest and not due_in(pool)
 
         found = []
         for pool, news in self._pools.items():
-            if is_enough(pool, news.samples):
+            if is_enough(pool, news.samples, True):
                 found.append((pool, True))
-            elif is_enough(pool, news.deep):
+            elif is_enough(pool, news.deep, False):
                 found.append((pool, False))
         return found
 

@@ -21,7 +21,7 @@ from typing import Any, Final
 import numpy as np
 
 from mergemem_agent.hint import Hint
-from mergemem_agent.order import BATCH_REGIONS, Plan, Slice
+from mergemem_agent.order import BATCH_REGIONS, NEGLECT_SECONDS, WORTH_PAGES, Plan, Slice
 from mergemem_agent.prior import Costs, Siblings, Success
 from mergemem_agent.procfs import Mapping, PermissionDenied, ProcessGone, ProcessId, ProcFs
 from mergemem_agent.region import REGION_SHIFT, Regions
@@ -238,6 +238,17 @@ class ScanQueue:
             return False
         now = time.monotonic()
         return any(target.regions.next_due <= now for target in self._targets.pool(pool))
+
+    def search_rest_seconds(self, pool: Pool, pages: int, fresh: int, samples: bool) -> float:
+        """Return how long a search of a pool for `fresh` pages should wait; 0: not at all.
+
+        The rule is that of looks: what promises too little has IDLE_SHARE of one CPU.
+        """
+        share = self._siblings[pool].average if samples else self.success.of_first
+        cost_seconds = pages * self.costs.search
+        if fresh * share >= WORTH_PAGES * cost_seconds:
+            return 0.0
+        return min(NEGLECT_SECONDS, cost_seconds / IDLE_SHARE)
 
     def wait_seconds(self, now: float, wait_of: Callable[[str], float]) -> float:
         """Return how long nothing is due; `wait_of` tells how long a policy has to wait."""

@@ -31,8 +31,10 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     return chosen
 
 
-def searches(found: News, pages: int, due: bool = True) -> list[tuple[Pool, bool]]:
-    return found.searches({POOL: pages}, lambda _: due)
+def searches(
+    found: News, pages: int, due: bool = True, rest: float = 0.0
+) -> list[tuple[Pool, bool]]:
+    return found.searches({POOL: pages}, lambda _: due, lambda *_: rest)
 
 
 @pytest.mark.parametrize(("fresh", "enough"), [(MANY // 8 - 1, False), (MANY // 8, True)])
@@ -63,6 +65,18 @@ def test_a_cheap_search_waits_until_nothing_is_due(clock: Clock) -> None:
     assert not searches(found, CHEAP_INDEX_PAGES, due=True)
     assert searches(found, CHEAP_INDEX_PAGES, due=False) == [(POOL, True)]
     assert not searches(found, CHEAP_INDEX_PAGES + 257, due=False)
+
+
+def test_what_promises_too_little_waits_for_more_or_for_longer(clock: Clock) -> None:
+    found = News()
+    found.add(POOL, samples=1)
+    assert not searches(found, CHEAP_INDEX_PAGES, due=False, rest=100.0)
+    clock.now += INDEX_SECONDS + 1
+    assert not searches(found, CHEAP_INDEX_PAGES, due=False, rest=100.0)
+    assert searches(found, CHEAP_INDEX_PAGES, due=False, rest=0.0)
+    assert searches(found, 8, rest=100.0), "an eighth is enough"
+    clock.now += 100.0
+    assert searches(found, CHEAP_INDEX_PAGES, rest=100.0) == [(POOL, True)]
 
 
 def test_pools_that_are_gone_are_forgotten() -> None:

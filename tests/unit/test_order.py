@@ -243,6 +243,28 @@ def test_a_long_settle_puts_off_everything() -> None:
     assert schedule.apart(rows, NOW + 40, 10.0).all()
 
 
+@given(st.floats(0.0, 60.0), st.floats(0.0, 1e8), st.lists(st.floats(0.0, 100.0), min_size=1))
+def test_looks_wait_for_others_but_not_for_long(
+    settle: float, now: float, after: list[float]
+) -> None:
+    rows = np.zeros(len(after), dtype=ROW)
+    rows["sample"] = before = now + np.array(after)
+    schedule.after_search(rows, now, settle)
+    waits = rows["due"] - before
+    assert waits.min() >= 0
+    assert waits.max() <= min(settle / 8, 0.5)
+    due = rows["due"].copy()
+    schedule.after_search(rows, now, settle)
+    assert rows["due"].tolist() == due.tolist(), "nothing is put off twice"
+
+
+def test_looks_that_are_due_at_about_the_same_time_come_together() -> None:
+    rows = np.zeros(4, dtype=ROW)
+    rows["sample"] = NOW + np.array([0.1, 0.2, 0.3, 0.4])
+    schedule.after_search(rows, NOW, 10.0)
+    assert rows["due"].tolist() == [NOW + 0.5] * 4
+
+
 def test_times_keep_their_precision() -> None:
     """A host that has been up for years: half a second is still half a second."""
     rows = np.zeros(1, dtype=ROW)

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: MIT
 """Targets and scan queue, on real processes of this machine and the real /proc."""
 
+import math
 import mmap
 import os
 import subprocess
@@ -263,6 +264,24 @@ def test_looks_that_promise_nothing_take_a_small_share(
     queue._plan_ends = 0.0
     assert queue.next(anybody)
     assert queue.due_in(work.target.pool)
+
+
+def test_a_search_has_to_promise_as_much_as_a_look(
+    sleepers: list[subprocess.Popen[bytes]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    targets = Targets(SLEEPERS, ProcFs())
+    sync_until(targets, {process.pid for process in sleepers})
+    queue, pool = queue_of(targets), next(iter(targets)).pool
+    pages, cost_seconds = 10**6, 10**6 * queue.costs.search
+    enough = math.ceil(order.WORTH_PAGES * cost_seconds / queue.success.of_first)
+    assert queue.search_rest_seconds(pool, pages, enough, samples=False) == 0
+    rest = queue.search_rest_seconds(pool, pages, enough - 1, samples=False)
+    assert rest == pytest.approx(cost_seconds / IDLE_SHARE)
+    assert queue.search_rest_seconds(pool, 10**9, 1, samples=False) == order.NEGLECT_SECONDS
+    # Of samples, fewer lead to something.
+    assert queue.search_rest_seconds(pool, pages, enough, samples=True) > 0
+    monkeypatch.setattr(queue.success, "_merged", 0.0)
+    assert queue.search_rest_seconds(pool, pages, enough, samples=False) > 0
 
 
 def test_a_process_that_ends_in_the_queue_is_dropped(
