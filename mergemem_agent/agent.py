@@ -13,7 +13,6 @@ import argparse
 import contextlib
 import json
 import logging
-import math
 import os
 import select
 import sys
@@ -52,8 +51,9 @@ SNAPSHOT_SECONDS: Final = 5.0
 IDLE_SNAPSHOT_SECONDS: Final = 20.0
 
 # How often the agent looks around without being woken: for hints, and for processes that have grown
-# into a policy.
+# into a policy. Ever more rarely, as long as nothing comes.
 IDLE_SECONDS: Final = 2.0
+IDLE_MAX_SECONDS: Final = 5.0
 
 
 class _RoundOver(Exception):
@@ -96,6 +96,7 @@ class Agent:
         self._limits: Limits | None = None
         self._missing_told = ""
         self._followed = 0.0  # when events were last taken
+        self._stirred = False  # there were some, or somebody was waiting to be looked at
         self._snapshot_taken = self._snapshot_due = 0.0
         self._snapshot = self._take_snapshot()
         settings = self._policies.agent
@@ -163,15 +164,17 @@ class Agent:
 
         Returns early when processes have come or gone, or hints have.
         """
-        end = time.monotonic() + seconds
+        end, quiet = time.monotonic() + seconds, IDLE_SECONDS
         while not self._signals.pending and (left := end - time.monotonic()) > 0:
             self._publish()
-            # Events that have only just been taken are not waited for: more would come at once.
+            # Where events have only just been taken, more would come at once.
             rest = self._followed + self._source.poll_seconds - time.monotonic()
-            if 0 < rest < math.inf:
+            if self._stirred and rest > 0:
                 self._signals.sleep(min(left, rest))
+                quiet = IDLE_SECONDS
             else:
-                self._signals.sleep(min(left, IDLE_SECONDS), self._source.descriptor())
+                self._signals.sleep(min(left, quiet), self._source.descriptor())
+                quiet = min(2 * quiet, IDLE_MAX_SECONDS)
             if self._follow() or self._source.has_hints():
                 return
 
@@ -181,7 +184,8 @@ class Agent:
         passed = now - self._followed
         if passed < self._source.poll_seconds:
             return False
-        if passed < IDLE_SECONDS and not self._pipeline.targets.waiting and not self._have_events():
+        self._stirred = bool(self._pipeline.targets.waiting) or self._have_events()
+        if passed < IDLE_SECONDS and not self._stirred:
             return False
         self._followed = now
         changed = self._pipeline.follow_events()

@@ -54,23 +54,23 @@ class News:
         self,
         pages: Mapping[Pool, int],
         due_in: Callable[[Pool], bool],
-        rest_seconds: Callable[[Pool, int, bool], float],
+        rest_seconds: Callable[[int, int], float],
     ) -> list[tuple[Pool, bool]]:
         """Return the pools that are worth a search, and whether by samples or less.
 
         `pages` has the size of each pool that is there; others are forgotten. `rest_seconds` tells
-        how long so much news of one kind, by samples or not, should wait; 0: it is worth it.
+        how long a search of so many pages should wait that is about so many; 0: it is worth it.
         """
         for pool in self._pools.keys() - pages.keys():
             del self._pools[pool]
         now = time.monotonic()
 
-        def is_enough(pool: Pool, fresh: int, samples: bool) -> bool:
+        def is_enough(pool: Pool, fresh: int) -> bool:
             if not fresh:
                 return False
             if fresh * 8 >= pages[pool]:
                 return True
-            rest = rest_seconds(pool, fresh, samples)
+            rest = rest_seconds(pages[pool], fresh)
             if now - self._pools[pool].searched >= max(INDEX_SECONDS, rest):
                 return True
             cheap = pages[pool] <= fresh * 256 + CHEAP_INDEX_PAGES
@@ -78,9 +78,9 @@ class News:
 
         found = []
         for pool, news in self._pools.items():
-            if is_enough(pool, news.samples, True):
+            if is_enough(pool, news.samples):
                 found.append((pool, True))
-            elif is_enough(pool, news.deep, False):
+            elif is_enough(pool, news.deep):
                 found.append((pool, False))
         return found
 

@@ -274,11 +274,7 @@ class Pipeline:
         pages: Counter[Pool] = Counter()
         for target in self.targets:
             pages[target.pool] += target.regions.pages
-
-        def rest_seconds(pool: Pool, fresh: int, samples: bool) -> float:
-            return self.queue.search_rest_seconds(pool, pages[pool], fresh, samples)
-
-        return self._news.searches(pages, self.queue.due_in, rest_seconds)
+        return self._news.searches(pages, self.queue.due_in, self.queue.search_rest_seconds)
 
     def _search(self, module: Module, limits: Limits, pool: Pool, samples: bool) -> None:
         """Search a pool for partners and for what has settled, and merge the latter."""

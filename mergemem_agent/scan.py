@@ -239,14 +239,14 @@ class ScanQueue:
         now = time.monotonic()
         return any(target.regions.next_due <= now for target in self._targets.pool(pool))
 
-    def search_rest_seconds(self, pool: Pool, pages: int, fresh: int, samples: bool) -> float:
-        """Return how long a search of a pool for `fresh` pages should wait; 0: not at all.
+    def search_rest_seconds(self, pages: int, fresh: int) -> float:
+        """Return how long to wait before `pages` are searched for `fresh` ones; 0: not at all.
 
-        The rule is that of looks: what promises too little has IDLE_SHARE of one CPU.
+        The rule is that of looks, if all of them merge: what promises too little has IDLE_SHARE of
+        one CPU.
         """
-        share = self._siblings[pool].average if samples else self.success.of_first
         cost_seconds = pages * self.costs.search
-        if fresh * share >= WORTH_PAGES * cost_seconds:
+        if fresh >= WORTH_PAGES * cost_seconds:
             return 0.0
         return min(NEGLECT_SECONDS, cost_seconds / IDLE_SHARE)
 

@@ -266,22 +266,14 @@ def test_looks_that_promise_nothing_take_a_small_share(
     assert queue.due_in(work.target.pool)
 
 
-def test_a_search_has_to_promise_as_much_as_a_look(
-    sleepers: list[subprocess.Popen[bytes]], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    targets = Targets(SLEEPERS, ProcFs())
-    sync_until(targets, {process.pid for process in sleepers})
-    queue, pool = queue_of(targets), next(iter(targets)).pool
+def test_a_search_has_to_promise_as_much_as_a_look() -> None:
+    queue = ScanQueue(Targets(NOBODY, ProcFs()), ProcFs())
     pages, cost_seconds = 10**6, 10**6 * queue.costs.search
-    enough = math.ceil(order.WORTH_PAGES * cost_seconds / queue.success.of_first)
-    assert queue.search_rest_seconds(pool, pages, enough, samples=False) == 0
-    rest = queue.search_rest_seconds(pool, pages, enough - 1, samples=False)
+    enough = math.ceil(order.WORTH_PAGES * cost_seconds)
+    assert queue.search_rest_seconds(pages, enough) == 0
+    rest = queue.search_rest_seconds(pages, enough - 1)
     assert rest == pytest.approx(cost_seconds / IDLE_SHARE)
-    assert queue.search_rest_seconds(pool, 10**9, 1, samples=False) == order.NEGLECT_SECONDS
-    # Of samples, fewer lead to something.
-    assert queue.search_rest_seconds(pool, pages, enough, samples=True) > 0
-    monkeypatch.setattr(queue.success, "_merged", 0.0)
-    assert queue.search_rest_seconds(pool, pages, enough, samples=False) > 0
+    assert queue.search_rest_seconds(10**9, 1) == order.NEGLECT_SECONDS
 
 
 def test_a_process_that_ends_in_the_queue_is_dropped(

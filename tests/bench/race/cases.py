@@ -91,7 +91,6 @@ CASES = (
         contestants=(*MAIN, *SLOW),
         idle_seconds=30,
         counts_flushes=False,
-        rounds=1,
     ),
     Case(
         8,
