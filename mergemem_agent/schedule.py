@@ -39,7 +39,8 @@ _MIN_INTERVAL_SECONDS: Final = 0.05
 
 # Looks that are due at about the same time are put off to the same time.
 MAX_TICK_SECONDS: Final = 0.5
-_TICK_SHARE: Final = 1 / 8
+_TICK_SHARE: Final = 1 / 4
+_LEAST_TICK_SECONDS: Final = 1e-3
 
 REVISIT: Final = 4.0
 BREAKAGE: Final = 0.05
@@ -160,7 +161,7 @@ def _set_due(rows: Array, now: float, settle: float) -> None:
 def _tick_seconds(settle: float) -> float:
     """Return which part of `settle` looks may wait for others; a power of two, or 0."""
     longest = min(MAX_TICK_SECONDS, settle * _TICK_SHARE)
-    return 2.0 ** math.floor(math.log2(longest)) if longest > 0 else 0.0
+    return 2.0 ** math.floor(math.log2(longest)) if longest >= _LEAST_TICK_SECONDS else 0.0
 
 
 def _gathered(times: Array, tick: float) -> Array:

@@ -135,6 +135,42 @@ def test_slices_are_neighbours_of_one_kind() -> None:
     ]  # fmt: skip
 
 
+@pytest.mark.parametrize(
+    ("due", "slices"),
+    [
+        ([0, 2], [(0, 3)]),
+        ([0, 3, 5], [(0, 6)]),
+        ([0, 4], [(0, 1), (4, 1)]),
+        ([5, 8], [(5, 4)]),
+        ([8, 10], [(8, 1), (10, 1)]),  # 9 is not there
+        ([11, 13], [(11, 1), (13, 1)]),  # 12 is new
+    ],
+)
+def test_a_request_reaches_over_regions_that_are_not_due(
+    due: list[int], slices: list[tuple[int, int]]
+) -> None:
+    numbers = [*range(9), *range(10, 14)]
+    one = target(1, *(100 + number for number in numbers))
+    known(one, sample=NOW + 100, due=NOW + 50, second=20)
+    rows = one.regions.rows
+    rows["looks"][numbers.index(12)] = 0
+    rows["due"][[numbers.index(number) for number in due]] = NOW - 1
+    plan = Plan([one], [Siblings()], Success(), Costs(), NOW)
+    works = [take(plan) for _ in range(len(plan))]
+    found = sorted((numbers[work.first], work.count) for work in works if work)
+    assert found == slices
+    assert not any(work.sampled for work in works if work)
+
+
+def test_samples_are_taken_of_nothing_else() -> None:
+    one = target(1, 100, 101, 102)
+    known(one)
+    one.regions.rows["sample"][1] = one.regions.rows["due"][1] = NOW + 100
+    plan = Plan([one], [Siblings()], Success(), Costs(), NOW)
+    works = [take(plan) for _ in range(len(plan))]
+    assert sorted((work.first, work.count) for work in works if work) == [(0, 1), (2, 1)]
+
+
 def test_what_has_gone_meanwhile_is_left_out() -> None:
     one = target(1, 100, 101)
     plan = Plan([one], [Siblings()], Success(), Costs(), NOW)
@@ -252,7 +288,7 @@ def test_looks_wait_for_others_but_not_for_long(
     schedule.after_search(rows, now, settle)
     waits = rows["due"] - before
     assert waits.min() >= 0
-    assert waits.max() <= min(settle / 8, 0.5)
+    assert waits.max() <= min(settle / 4, 0.5)
     due = rows["due"].copy()
     schedule.after_search(rows, now, settle)
     assert rows["due"].tolist() == due.tolist(), "nothing is put off twice"
