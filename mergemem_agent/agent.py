@@ -31,6 +31,7 @@ from mergemem_agent.hint_source import open_hints
 from mergemem_agent.info import Limits
 from mergemem_agent.metrics import MetricsServer
 from mergemem_agent.module import Module, ModuleMissing, PermissionDenied
+from mergemem_agent.nap import IDLE_SECONDS, Naps
 from mergemem_agent.notify import Notifier
 from mergemem_agent.pipeline import Pipeline
 from mergemem_agent.policy import PolicySet
@@ -49,11 +50,6 @@ MODULE_SECONDS: Final = 1.0
 # How often a snapshot is taken while there is work, and while there is none.
 SNAPSHOT_SECONDS: Final = 5.0
 IDLE_SNAPSHOT_SECONDS: Final = 20.0
-
-# How often the agent looks around without being woken: for hints, and for processes that have grown
-# into a policy. Ever more rarely, as long as nothing comes.
-IDLE_SECONDS: Final = 2.0
-IDLE_MAX_SECONDS: Final = 5.0
 
 
 class _RoundOver(Exception):
@@ -164,19 +160,14 @@ class Agent:
 
         Returns early when processes have come or gone, or hints have.
         """
-        end, quiet = time.monotonic() + seconds, IDLE_SECONDS
+        end, naps = time.monotonic() + seconds, Naps(self._source.poll_seconds)
         while not self._signals.pending and (left := end - time.monotonic()) > 0:
             self._publish()
-            # Where events have only just been taken, more would come at once.
-            rest = self._followed + self._source.poll_seconds - time.monotonic()
-            if self._stirred and rest > 0:
-                self._signals.sleep(min(left, rest))
-                quiet = IDLE_SECONDS
-            else:
-                self._signals.sleep(min(left, quiet), self._source.descriptor())
-                quiet = min(2 * quiet, IDLE_MAX_SECONDS)
             if self._follow() or self._source.has_hints():
                 return
+            stirred = self._stirred or bool(self._pipeline.targets.waiting)
+            nap, woken = naps.next(stirred, time.monotonic() - self._followed)
+            self._signals.sleep(min(left, nap), self._source.descriptor() if woken else None)
 
     def _follow(self) -> bool:
         """Take in which processes came and went, in the middle of whatever goes on."""

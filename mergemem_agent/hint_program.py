@@ -7,6 +7,7 @@ once, and why most of that memory is given back right after.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import gc
 import os
@@ -137,8 +138,11 @@ class HintProgram:
             )
         else:
             self._tail_call("sampled", b"on_sampled_fault")
-            for tracepoint in FAULT_TRACEPOINTS:
-                self._attach("raw_tracepoint", tp=tracepoint, fn_name=b"on_fault")
+            with contextlib.ExitStack() as attached:
+                for tracepoint in FAULT_TRACEPOINTS:
+                    self._attach("raw_tracepoint", tp=tracepoint, fn_name=b"on_fault")
+                    attached.callback(self._bpf.detach_raw_tracepoint, tp=tracepoint)
+                attached.pop_all()  # or none of them stays, and nothing is counted twice
         self.kind, self.perf_sampling = kind, perf_sampling
 
     def stop_counting(self) -> None:

@@ -154,15 +154,14 @@ class BpfHints:
         for pid in self._watched.keys() - wanted.keys():
             self._program.targets.delete(pid)
             del self._watched[pid]
-        for pid in wanted.keys() - self._watched.keys():
+        # The same pid may be another process by now: the kernel has forgotten the one before.
+        for pid, process in wanted.items() - self._watched.items():
             try:
                 self._program.targets.write(pid, 1)
             except OSError:  # full: this one is found and scanned all the same, without hints
                 self._lost["filter_full"] += 1
             else:
-                self._watched[pid] = wanted[pid]
-        # The same pid may be another process by now.
-        self._watched.update((pid, wanted[pid]) for pid in self._watched)
+                self._watched[pid] = process
 
     def hints(self, processes: Iterable[ProcessId]) -> list[Hint]:
         """Drain the counts, at most once in DRAIN_SECONDS; no region comes twice."""
