@@ -11,20 +11,26 @@ import mmap
 import os
 import re
 import select
+import shutil
+import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
-from mergemem_agent.hint import Hint, SourceKind
+from mergemem_agent import agent as service
+from mergemem_agent.hint import Hint, ProcessEvents, SourceKind
 from mergemem_agent.hint_program import HintProgram, give_memory_back
 from mergemem_agent.hint_source import BpfHints
+from mergemem_agent.notify import Notifier
 from mergemem_agent.policy import Glob, Policy, PolicySet, Selector
+from mergemem_agent.policy_file import load
 from mergemem_agent.procfs import ProcessId, ProcFs
-from mergemem_agent.targets import MAX_WAITING, Targets
+from mergemem_agent.targets import MAX_WAITING, Target, Targets
 from tests.kernel.actor import PAGE_BYTES, PROGRAM, Actor, Stage
 from tests.kernel.agent import CHECKOUT, Agent
 from tests.kernel.sharing import wait_until
@@ -39,6 +45,9 @@ ACTORS = PolicySet(policies=(Policy("actors", Selector(executable=Glob(str(PROGR
 
 # select() looks once more when its time is over, so whoever was not woken is told of an event then.
 WAKE_LIMIT_SECONDS = 30.0
+
+# To end the waiting for an event that does not come.
+EVENT_LIMIT_SECONDS = 20.0
 
 
 @pytest.fixture(scope="module")
@@ -122,6 +131,7 @@ def test_others_are_not_counted(stage: Stage, source: BpfHints) -> None:
     assert found[alice.pid, areas[0]].first_touches == 23
     assert {pid for pid, _ in found} == {alice.pid}
     assert not drained(source, alice, bob)
+    assert not lost(source)  # they took no room in the map either
 
 
 @pytest.mark.parametrize("sampling", [8, 64])
@@ -160,6 +170,32 @@ def test_regions_without_room_are_counted_as_lost(stage: Stage, source: BpfHints
     alice.ask("write", area, 1, 23)
     assert drained(source, alice)[alice.pid, area].first_touches == 22
     assert lost(source) == before
+
+
+def test_regions_that_a_map_refuses_are_counted_as_lost(
+    stage: Stage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An LRU map refuses an entry too seldom to wait for, so this one gives up none for another."""
+    sources = tmp_path / "bpf"
+    shutil.copytree(CHECKOUT / "bpf", sources)
+    code = (sources / "hints.c").read_text()
+    assert code.count('"lru_percpu_hash"') == 2
+    (sources / "hints.c").write_text(code.replace('"lru_percpu_hash"', '"percpu_hash"'))
+    monkeypatch.setattr("mergemem_agent.hint_program.source_directory", lambda: sources)
+    program = HintProgram(regions=REGIONS, event_pages=1, sampling_bits=0)
+    try:
+        program.count_faults(SourceKind.BPF)
+        source = fresh(program, sampling=1)
+        alice = stage.start()
+        area = alice.map(2 * REGIONS * REGION_PAGES)
+        drained(source, alice)
+        alice.ask("flip", area, 2 * REGIONS * REGION_PAGES, REGION_PAGES)
+        found = drained(source, alice)
+        assert len(found) == REGIONS
+        told = sum(hint.write_protect_faults for hint in found.values() if hint.address >= area)
+        assert lost(source) == {"map_full": 2 * REGIONS - told}
+    finally:
+        program.close()
 
 
 def test_without_the_tracepoint_all_faults_are_first_touches(
@@ -221,8 +257,11 @@ def test_processes_come_and_go_by_events(stage: Stage, source: BpfHints) -> None
     follower.until(lambda: known not in follower.targets, "what was known of it is forgotten")
     follower.until(lambda: follower.pids == {alice.pid, bob.pid}, "it is one again")
     bob.exit()
-    follower.follow()  # once: its end is known at once
+    events = source.events()
+    assert events.ended == {bob.pid}
+    follower.targets.take_events(events)
     assert follower.pids == {alice.pid}
+    follower.follow()
     assert lost(source).keys() <= {"gone"}  # what it did before it ended
 
 
@@ -258,13 +297,17 @@ def test_the_young_are_looked_at_again(stage: Stage, source: BpfHints) -> None:
 
 
 def test_threads_are_no_processes(source: BpfHints) -> None:
+    me = ProcFs().process(os.getpid())
+    assert me
+    source.watch([me.id])
     thread = threading.Thread(target=lambda: None)
     thread.start()
     identity = thread.native_id
     thread.join()
-    events = source.events()
     assert identity
-    assert identity not in events.forked | events.executed | events.ended
+    wait_until(lambda: not Path(f"/proc/self/task/{identity}").exists(), "the thread has ended")
+    events = source.events()
+    assert not {identity, me.id.pid} & (events.forked | events.executed | events.ended)
     child = os.fork()
     if child == 0:
         os._exit(0)
@@ -363,6 +406,135 @@ def test_the_agent_has_hints(stage: Stage, tmp_path: Path) -> None:
         targets(2)
         assert agent.metrics()['mergemem_hints_lost_total{reason="events"}'] == 0
         agent.stop()
+
+
+class NotedHints(BpfHints):
+    """A source that notes since when it has been told to watch a process."""
+
+    def __init__(self, program: HintProgram) -> None:
+        super().__init__(program)
+        self.watched_since: dict[int, float] = {}
+
+    def watch(self, processes: Iterable[ProcessId]) -> None:
+        wanted = list(processes)
+        super().watch(wanted)
+        now = seconds_since_boot()
+        for process in wanted:
+            self.watched_since.setdefault(process.pid, now)
+
+    def close(self) -> None:
+        """Not the program, which is for other tests too."""
+
+
+class NotedTargets(Targets):
+    """Targets that note events, when one was forgotten, and each look at all of /proc."""
+
+    def __init__(self, policies: PolicySet) -> None:
+        super().__init__(policies, ProcFs())
+        self.forked: set[int] = set()
+        self.ended: set[int] = set()
+        self.forgotten: dict[int, float] = {}
+        self.syncs = 0
+
+    def take_events(self, events: ProcessEvents) -> bool:
+        changed = super().take_events(events)
+        self.forked |= events.forked
+        self.ended |= events.ended
+        return changed
+
+    def sync(self) -> None:
+        super().sync()
+        self.syncs += 1
+
+    def forget(self, target: Target) -> None:
+        super().forget(target)
+        self.forgotten.setdefault(target.process.pid, seconds_since_boot())
+
+
+def seconds_since_boot() -> float:
+    """As /proc/PID/stat has the start of a process."""
+    return time.clock_gettime(time.CLOCK_BOOTTIME)
+
+
+@contextmanager
+def signals_kept() -> Iterator[None]:
+    """The agent takes them over."""
+    numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+    handlers = {number: signal.getsignal(number) for number in numbers}
+    try:
+        yield
+    finally:
+        signal.set_wakeup_fd(-1)
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+
+
+# An actor calls itself by the path of its program, until it executes that anew.
+EXECUTED = """
+policies:
+  - name: executed
+    select: {executable: "**/build/actor", command_line: "^actor "}
+    settle: "300ms"
+"""
+
+
+def test_the_agent_follows_events_alone(
+    stage: Stage, program: HintProgram, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In this process, where no look into /proc is due for minutes: only events can have told."""
+    files = Agent(tmp_path, EXECUTED, hints="auto", rescan="10m")
+    source, targets = NotedHints(program), NotedTargets(load([files.policy_file]))
+    source.events()  # what other tests left
+    monkeypatch.setattr("mergemem_agent.targets.RECHECK_FIRST_SECONDS", 3600.0)
+    monkeypatch.setattr("mergemem_agent.agent.open_hints", lambda _: source)
+    monkeypatch.setattr("mergemem_agent.pipeline.Targets", lambda *_: targets)
+    seconds: dict[str, list[float]] = {"exec": [], "fork": [], "exit": []}
+
+    def soon(condition: Callable[[], bool], what: str) -> None:
+        wait_until(condition, what, EVENT_LIMIT_SECONDS)
+
+    def comes(actor: Actor, how: str, since: float) -> None:
+        soon(lambda: actor.pid in source.watched_since, f"it is a target, by {how}")
+        seconds[how].append(source.watched_since[actor.pid] - since)
+
+    def is_no_target(actor: Actor) -> None:
+        soon(lambda: actor.pid in targets.forked and not targets.waiting, "it has been looked at")
+        assert actor.pid not in source.watched_since
+
+    def goes(actor: Actor) -> None:
+        asked = seconds_since_boot()
+        actor.exit()
+        # A scan that fails forgets it too, so its end must have been told besides.
+        soon(lambda: actor.pid in targets.ended, "its end is told")
+        soon(lambda: actor.pid in targets.forgotten, "it is forgotten")
+        seconds["exit"].append(targets.forgotten[actor.pid] - asked)
+
+    def come_and_go() -> None:
+        try:
+            wait_until(lambda: targets.syncs > 0, "it has begun")
+            for _ in range(3):
+                alice = stage.start()
+                is_no_target(alice)
+                asked = seconds_since_boot()
+                alice = alice.exec()
+                comes(alice, "exec", asked)
+                bob = alice.fork()
+                comes(bob, "fork", bob.key.start_time_ticks / os.sysconf("SC_CLK_TCK"))
+                goes(bob)
+                goes(alice)
+        finally:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with signals_kept():
+        options = service.Options((files.policy_file,), None, files.status_file)
+        agent = service.Agent(options, ProcFs(), Notifier({}))
+        with ThreadPoolExecutor() as script:
+            done = script.submit(come_and_go)
+            agent.run()
+        done.result()
+    for how, times in seconds.items():
+        print(f"{how}: known after {', '.join(f'{each:.2f}' for each in times)} s in this guest")
+    assert targets.syncs == 1  # when it began
 
 
 def test_the_agent_says_so_when_there_are_none(stage: Stage, tmp_path: Path) -> None:
