@@ -377,13 +377,19 @@ class MetricsServer:
                 hint="choose another metrics address or port in the policy file",
             ) from None
         self.port = self._server.server_port
-        self._thread = threading.Thread(
-            target=self._server.serve_forever, args=(0.2,), name="metrics", daemon=True
-        )
+        self._closing = False
+        self._thread = threading.Thread(target=self._serve, name="metrics", daemon=True)
         self._thread.start()
 
+    def _serve(self) -> None:
+        # Unlike serve_forever(), which looks several times a second whether it shall end.
+        while not self._closing:
+            self._server.handle_request()
+
     def close(self) -> None:
-        """Stop listening; returns within some 0.2 s."""
-        self._server.shutdown()
-        self._server.server_close()
+        """Stop listening."""
+        self._closing = True
+        # Nobody can connect any more, and who waits for somebody to connect wakes up.
+        self._server.socket.shutdown(socket.SHUT_RDWR)
         self._thread.join()
+        self._server.server_close()

@@ -5,6 +5,7 @@ import re
 import shutil
 import socket
 import subprocess
+import time
 import urllib.request
 from collections import Counter
 from collections.abc import Iterator
@@ -138,6 +139,28 @@ def test_a_client_that_says_nothing_delays_no_other(server: MetricsServer) -> No
         silent.setblocking(False)
         with pytest.raises(BlockingIOError):  # it would be at its end, had we waited for it
             silent.recv(1)
+
+
+def test_the_server_sleeps_until_somebody_asks(server: MetricsServer) -> None:
+    status = Path(f"/proc/self/task/{server._thread.native_id}/status")
+
+    def wakes_up() -> bool:
+        before = status.read_text().partition("ctxt_switches")[2]
+        time.sleep(0.7)
+        return status.read_text().partition("ctxt_switches")[2] != before
+
+    scrape(server.port)
+    deadline = time.monotonic() + 20
+    while wakes_up():
+        assert time.monotonic() < deadline, "it does not come to rest"
+
+
+def test_nobody_is_served_after_the_end() -> None:
+    server = MetricsServer("127.0.0.1", 0, lambda: SNAPSHOT)
+    server.close()
+    assert not server._thread.is_alive()
+    with pytest.raises(ConnectionRefusedError):
+        socket.create_connection(("127.0.0.1", server.port))
 
 
 def test_a_port_in_use_is_told_with_what_to_do(server: MetricsServer) -> None:
