@@ -21,7 +21,14 @@ from typing import Any, Final
 import numpy as np
 
 from mergemem_agent.hint import Hint
-from mergemem_agent.order import BATCH_REGIONS, NEGLECT_SECONDS, WORTH_PAGES, Plan, Slice
+from mergemem_agent.order import (
+    BATCH_REGIONS,
+    NEGLECT_SECONDS,
+    SLICE_REGIONS,
+    WORTH_PAGES,
+    Plan,
+    Slice,
+)
 from mergemem_agent.prior import Costs, Siblings, Success
 from mergemem_agent.procfs import Mapping, PermissionDenied, ProcessGone, ProcessId, ProcFs
 from mergemem_agent.region import REGION_SHIFT, Regions
@@ -196,7 +203,9 @@ class ScanQueue:
                 regions += work.count
                 cost_seconds += work.cost_seconds
                 allowed_seconds = seconds(work.target.policy.name)
-                too_much = regions > BATCH_REGIONS or cost_seconds > allowed_seconds
+                # What is not worth it is done little by little, and not all at once after a rest.
+                most = BATCH_REGIONS if work.worth else SLICE_REGIONS
+                too_much = regions > most or cost_seconds > allowed_seconds
                 if batch and (too_much or not work.goes_with(batch[0])):
                     break
                 batch.append(work)

@@ -266,6 +266,23 @@ def test_looks_that_promise_nothing_take_a_small_share(
     assert queue.due_in(work.target.pool)
 
 
+@pytest.mark.parametrize(("worth_pages", "regions"), [(0.0, BATCH_REGIONS), (1e12, SLICE_REGIONS)])
+def test_what_promises_nothing_is_done_little_by_little(
+    sleepers: list[subprocess.Popen[bytes]],
+    monkeypatch: pytest.MonkeyPatch,
+    worth_pages: float,
+    regions: int,
+) -> None:
+    targets = Targets(SLEEPERS, ProcFs())
+    sync_until(targets, {process.pid for process in sleepers})
+    queue = queue_of(targets)
+    for target in targets:
+        target.regions.replace(np.arange(1000, 1000 + 2 * BATCH_REGIONS, dtype=np.uint64))
+    monkeypatch.setattr(order, "WORTH_PAGES", worth_pages)
+    batch = queue.next(lambda _: True, seconds=lambda _: 1000.0)
+    assert sum(work.count for work in batch) == regions
+
+
 def test_a_search_has_to_promise_as_much_as_a_look() -> None:
     queue = ScanQueue(Targets(NOBODY, ProcFs()), ProcFs())
     pages, cost_seconds = 10**6, 10**6 * queue.costs.search
