@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from mergemem_agent import pipeline
+from mergemem_agent import pipeline, scan
 from mergemem_agent.budget import Budget
 from mergemem_agent.contract import DEPTH_FULL_BYTES, Result
 from mergemem_agent.hint import ProcessEvents
@@ -28,6 +28,12 @@ from mergemem_agent.zero import zero_requests
 from tests.unit.scene import FOLIO_PAGES, PAGES, PROCESSES, ZEROS, ModelModule, Scene
 
 Array = np.ndarray[Any, np.dtype[Any]]
+
+
+@pytest.fixture(autouse=True)
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Look at what promises nothing more often than a thousandth of the time allows."""
+    monkeypatch.setattr(scan, "IDLE_SHARE", 0.1)
 
 
 @pytest.fixture
