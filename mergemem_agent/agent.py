@@ -47,7 +47,7 @@ STATUS_FILE: Final = Path("/run/mergemem/status.json")
 # How often a missing module is looked for.
 MODULE_SECONDS: Final = 1.0
 
-# How often a snapshot is taken while there is work, and while there is none.
+# How often a snapshot is taken while pages are looked at, and while none are.
 SNAPSHOT_SECONDS: Final = 5.0
 IDLE_SNAPSHOT_SECONDS: Final = 20.0
 
@@ -147,7 +147,8 @@ class Agent:
 
     def _pace(self) -> None:
         """Pause after a slice as the budget demands. Raises _RoundOver when a signal came."""
-        self._snapshot_due = min(self._snapshot_due, self._snapshot_taken + SNAPSHOT_SECONDS)
+        if self._pipeline.counts.pages_done() != self._snapshot.counts.pages_done():
+            self._snapshot_due = min(self._snapshot_due, self._snapshot_taken + SNAPSHOT_SECONDS)
         self._publish()
         self._follow()
         while not self._signals.pending and (wait := self._budget.wait_seconds()) > 0:

@@ -49,7 +49,7 @@ _OVERDUE_TURN: Final = 4
 
 # 4,096 CPU seconds for a GiB.
 WORTH_PAGES: Final = 64.0
-NEGLECT_SECONDS: Final = 600.0
+NEGLECT_SECONDS: Final = 1800.0
 
 
 @dataclass(frozen=True)
