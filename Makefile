@@ -32,7 +32,7 @@ setup kmod test test-unit test-vm demo lint: | $(PYTHON)
 judges: | $(PYTHON) ## outside programs under reckless merging: KERNEL=6.12 JUDGES='--only sqlite'
 	@PYTHONDONTWRITEBYTECODE=1 $(PYTHON) -m tests.judges $(JUDGES)
 
-.PHONY: bench bench-kmod bench-hints debug-kernel soak planted
+.PHONY: bench bench-kmod bench-hints bench-idle debug-kernel soak planted
 debug-kernel: | $(PYTHON) ## build the kernel that checks everything; KERNEL=debug runs it
 	@$(RIG) debug-kernel
 
@@ -44,6 +44,9 @@ bench: | $(PYTHON) ## the race against ksmd, half an hour a kernel; KERNEL=6.12 
 
 bench-hints: | $(PYTHON) ## what hints cost a storm of page faults, a minute a kernel; KERNEL=6.12
 	@$(RIG) bench-hints
+
+bench-idle: | $(PYTHON) ## what the agent takes with nothing to gain, 12 minutes a kernel; KERNEL=6.12
+	@$(RIG) bench-idle
 
 soak: | $(PYTHON) ## suite and judges on the debug kernel for SOAK_MINUTES=20, then a report
 	@PYTHONDONTWRITEBYTECODE=1 $(PYTHON) -m tests.soak

@@ -103,7 +103,7 @@ def _targets(report: dict[str, dict[str, Figures]]) -> str:
                 value = target.value(guests[kind])
                 cells.append(f"{value:.3g} {'reached' if target.reached(value) else '**missed**'}")
         rows.append(cells)
-    return _table(header, rows)
+    return table(header, rows)
 
 
 def _costs(report: dict[str, dict[str, Figures]]) -> str:
@@ -132,7 +132,7 @@ def _costs(report: dict[str, dict[str, Figures]]) -> str:
         cells.append(
             [title, *(f"{value:,.0f}" if value > 10 else f"{value:.3f}" for value in values)]
         )
-    return _table(header, cells)
+    return table(header, cells)
 
 
 def _locks(report: dict[str, dict[str, Figures]]) -> str:
@@ -148,13 +148,13 @@ def _locks(report: dict[str, dict[str, Figures]]) -> str:
     header = ["kernel", "request", "lock", "times"]
     for word in ("median", "99 %", "longest"):
         header += [f"{word}, ms", "M instr."]
-    return _table(header, rows)
+    return table(header, rows)
 
 
 def _spread(found: dict[str, float]) -> str:
     return f"{found['median']:,.0f} ({found['lowest']:,.0f} to {found['highest']:,.0f})"
 
 
-def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     lines = [header, ["---"] * len(header), *rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)

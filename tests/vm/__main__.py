@@ -114,6 +114,11 @@ def bench_hints(arguments: Arguments) -> int:
     return _bench("hints", arguments)
 
 
+def bench_idle(arguments: Arguments) -> int:
+    """What the agent takes while there is nothing to gain, at 4 GiB, on each kernel."""
+    return _bench("idle", arguments)
+
+
 def _bench(name: str, arguments: Arguments) -> int:
     with step("set up"):
         provision.packages()
@@ -164,6 +169,7 @@ COMMANDS: dict[str, Callable[[Arguments], int]] = {
     "bench-kmod": bench_kmod,
     "bench": bench,
     "bench-hints": bench_hints,
+    "bench-idle": bench_idle,
 }
 
 

@@ -25,19 +25,13 @@ from tests.judges import provision as judges
 from tests.vm import kernels
 from tests.vm.cache import BUILD
 from tests.vm.guest import Guest, GuestError
-from tests.vm.steps import StepFailed, run, step
+from tests.vm.steps import StepFailed, step
 
 DIRECTORY = BUILD / "bench"
 TIME_LIMIT_SECONDS = 1500
 MEMORY_MIB = 2048
 # Or KSM's objects would share slabs with others of their size, and could not be told apart.
 KERNEL_PARAMETERS = ("slab_nomerge",)
-
-
-def build_workload() -> None:
-    """The processes of most cases; static, so that there is little in them but what is told."""
-    flags = ["-O2", "-Wall", "-Wextra", "-Werror", "-static"]
-    run(["gcc", *flags, "-o", workload.PROGRAM, workload.SOURCE])
 
 
 def measure(case: Case, kernel: str) -> dict[str, Any]:
@@ -66,7 +60,7 @@ def main() -> int:
     chosen = [kernel.name for kernel in kernels.select(kernels.load(), " ".join(sys.argv[1:]))]
     try:
         wanted = cases.select(os.environ.get("CASE", ""))
-        build_workload()
+        workload.build()
         if any(case.server for case in wanted):
             judges.prepare()
         for kernel in chosen:

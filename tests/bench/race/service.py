@@ -89,7 +89,7 @@ class Agent:
         self.start_facts = {
             "start_seconds": seconds,
             "start_cpu_seconds": cpu_of(self._running.pid).ns / 1e9,
-            "memory_before": _memory(self._running.pid),
+            "memory_before": memory_of(self._running.pid),
         }
 
 
@@ -116,7 +116,7 @@ class Service(Contestant):
         return {"budget_percent": self._budget, "settle": SETTLE, **self._agent.start_facts}
 
     def account(self) -> dict[str, Any]:
-        memory = _memory(self.pid)
+        memory = memory_of(self.pid)
         before = self._agent.start_facts["memory_before"]
         metrics = mergemem.scrape()
         return {
@@ -136,7 +136,7 @@ class Service(Contestant):
         )
 
 
-def _memory(pid: int) -> dict[str, int]:
+def memory_of(pid: int) -> dict[str, int]:
     """Bytes by kind, of the whole process."""
     text = Path(f"/proc/{pid}/smaps_rollup").read_text(encoding="ascii", errors="replace")
     found = dict(re.findall(r"^(Rss|Pss|Anonymous): +(\d+) kB$", text, re.MULTILINE))

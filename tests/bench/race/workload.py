@@ -9,10 +9,18 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from tests.vm.steps import run
+
 PROGRAM = Path(__file__).parents[3] / "build" / "race-workload"
 # When all processes have been told to pause, none has been beyond this.
 AHEAD_MS = 1000
 SOURCE = Path(__file__).with_name("workload.c")
+
+
+def build() -> None:
+    """The program; static, so that there is little in its processes but what is told."""
+    flags = ["-O2", "-Wall", "-Wextra", "-Werror", "-static"]
+    run(["gcc", *flags, "-o", PROGRAM, SOURCE])
 
 
 class WorkloadError(Exception):
