@@ -119,6 +119,11 @@ def bench_idle(arguments: Arguments) -> int:
     return _bench("idle", arguments)
 
 
+def bench(arguments: Arguments) -> int:
+    """The race against ksmd: $CASE, or all cases, on each kernel."""
+    return _bench("race", arguments)
+
+
 def _bench(name: str, arguments: Arguments) -> int:
     with step("set up"):
         provision.packages()
@@ -128,20 +133,6 @@ def _bench(name: str, arguments: Arguments) -> int:
         for kernel in chosen:
             build.module(tree.get(kernel))
     words = [str(provision.NEWEST / "bin/python"), "-m", f"tests.bench.{name}"]
-    words += [kernel.name for kernel in chosen]
-    environment = os.environ | {"PYTHONDONTWRITEBYTECODE": "1"}
-    return subprocess.run(words, cwd=CHECKOUT, env=environment).returncode
-
-
-def bench(arguments: Arguments) -> int:
-    """The race against ksmd: $CASE, or all cases, on each kernel."""
-    with step("set up"):
-        provision.packages()
-        provision.environments()
-        chosen = _chosen(arguments)
-        for kernel in chosen:
-            build.module(tree.get(kernel))
-    words = [str(provision.NEWEST / "bin/python"), "-m", "tests.bench.race"]
     words += [kernel.name for kernel in chosen]
     environment = os.environ | {"PYTHONDONTWRITEBYTECODE": "1"}
     return subprocess.run(words, cwd=CHECKOUT, env=environment).returncode
