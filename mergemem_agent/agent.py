@@ -94,6 +94,7 @@ class Agent:
         self._followed = 0.0  # when events were last taken
         self._stirred = False  # there were some, or somebody was waiting to be looked at
         self._snapshot_taken = self._snapshot_due = 0.0
+        self._told = (0, 0)  # how far the snapshot has come
         self._snapshot = self._take_snapshot()
         settings = self._policies.agent
         self._server = MetricsServer(
@@ -133,11 +134,14 @@ class Agent:
                     self._idle(max(0.05, self._pipeline.idle_seconds()))
             else:
                 self._pipeline.find_targets()
-                self._idle(MODULE_SECONDS)
+                self._idle(MODULE_SECONDS, hinted=False)
         except _RoundOver:
             pass
         except (ModuleMissing, PermissionDenied) as failure:
             self._lose_module(failure)
+
+    def _progress(self) -> tuple[int, int]:
+        return self._pipeline.counts.done(), len(self._pipeline.targets)
 
     def _rounds_done(self) -> bool:
         wanted = self._options.rounds
@@ -147,28 +151,32 @@ class Agent:
 
     def _pace(self) -> None:
         """Pause after a slice as the budget demands. Raises _RoundOver when a signal came."""
-        if self._pipeline.counts.pages_done() != self._snapshot.counts.pages_done():
+        if self._progress() != self._told:
             self._snapshot_due = min(self._snapshot_due, self._snapshot_taken + SNAPSHOT_SECONDS)
         self._publish()
         self._follow()
         while not self._signals.pending and (wait := self._budget.wait_seconds()) > 0:
-            self._idle(wait)
+            self._idle(wait, hinted=False)
         if self._signals.pending:
             raise _RoundOver
 
-    def _idle(self, seconds: float) -> None:
+    def _idle(self, seconds: float, hinted: bool = True) -> None:
         """Sleep, while the watchdog and the readers of metrics still hear from the agent.
 
-        Returns early when processes have come or gone, or hints have.
+        Returns early when processes have come or gone, or, where the caller will take them, when
+        there are hints: it would return at once again as long as nobody does.
         """
         end, naps = time.monotonic() + seconds, Naps(self._source.poll_seconds)
+        woken = False
         while not self._signals.pending and (left := end - time.monotonic()) > 0:
             self._publish()
-            if self._follow() or self._source.has_hints():
+            if self._follow() or (hinted and self._source.has_hints()):
                 return
-            stirred = self._stirred or bool(self._pipeline.targets.waiting)
-            nap, woken = naps.next(stirred, time.monotonic() - self._followed)
-            self._signals.sleep(min(left, nap), self._source.descriptor() if woken else None)
+            now = time.monotonic()
+            stirred = woken or self._stirred or bool(self._pipeline.targets.waiting)
+            nap, may_wake = naps.next(stirred, now - self._followed)
+            nap = min(nap, left, max(0.0, self._snapshot_due - now))
+            woken = self._signals.sleep(nap, self._source.descriptor() if may_wake else None)
 
     def _follow(self) -> bool:
         """Take in which processes came and went, in the middle of whatever goes on."""
@@ -274,6 +282,7 @@ class Agent:
         if now < self._snapshot_due and not force:
             return
         self._snapshot_taken, self._snapshot_due = now, now + IDLE_SNAPSHOT_SECONDS
+        self._told = self._progress()
         self._budget.set_percent(self._pressure.budget_percent())
         self._snapshot = snapshot = self._take_snapshot()
         self._write_status(snapshot)

@@ -92,9 +92,10 @@ class Counts:
         """Return the counts of one policy."""
         return self.policies.setdefault(name, PolicyCounts())
 
-    def pages_done(self) -> int:
-        """Return how many pages were looked at, or tried to be merged: it grows with all work."""
-        return sum(policy.scanned for policy in self.policies.values()) + self.results.total()
+    def done(self) -> int:
+        """Return a number that grows with everything that was done to pages, or failed."""
+        scanned = sum(policy.scanned for policy in self.policies.values())
+        return scanned + self.results.total() + self.errors.total()
 
     def copy(self) -> Counts:
         """Return a copy that does not change when this one does."""

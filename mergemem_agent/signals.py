@@ -36,13 +36,17 @@ class Signals:
         """Whether there is something to react to."""
         return self.stop or self.reload
 
-    def sleep(self, seconds: float, descriptor: int | None = None) -> None:
-        """Sleep, but not beyond a signal, nor beyond the moment when `descriptor` is readable."""
+    def sleep(self, seconds: float, descriptor: int | None = None) -> bool:
+        """Sleep, but not beyond a signal, nor beyond the moment when `descriptor` is readable.
+
+        Returns whether that is why it ended.
+        """
         if self.pending or seconds <= 0:
-            return
+            return False
         waited_for = [self._wake_reader.fileno()]
         if descriptor is not None:
             waited_for.append(descriptor)
         readable, _, _ = select.select(waited_for, [], [], seconds)
         if waited_for[0] in readable:
             self._wake_reader.recv(4096)
+        return descriptor in readable
