@@ -7,7 +7,7 @@ one row of a table, and one word (word.py) per page that could be merged when it
 Words of a region are kept in ascending order of pages.
 
 Memory, for each region with n words: 8 * n, 57 bytes of Python's for the `bytearray` that holds
-them, on average 16 more to align it, 8 in a list, and 79 in the table: 8.3 bytes per page in a full
+them, on average 16 more to align it, 8 in a list, and 83 in the table: 8.3 bytes per page in a full
 region, 9.6 in one with a hundred pages. A numpy array in place of each would cost 64 more.
 """
 
@@ -49,6 +49,7 @@ ROW: Final = np.dtype(
         ("saved_bytes", np.float32),  # what merged pages save: 4096 * (1 - 1 / map count) for each
         ("split", np.float32),  # when a huge page was split here; 0: never
         ("news", np.float32),  # average of pages that were not what they were, see schedule.py
+        ("doubted", np.float32),  # when what is known of pages that stayed alone was doubted
         ("restless", np.float32),  # 0 to 4: how often its merges break, see schedule.py
         ("looks", np.uint32),  # how often it was looked at
         ("pages", np.uint16),  # that have a word
@@ -182,8 +183,9 @@ class Regions:
         """
         faults = hint.first_touches + hint.write_protect_faults
         rows = self.rows[row : row + 1]
-        if rows["news"][0] != schedule.NEWS_UNKNOWN:
-            rows["news"] = np.maximum(rows["news"], min(faults, REGION_PAGES))
+        unknown = rows["news"][0] == schedule.NEWS_UNKNOWN
+        if faults > rows["pages" if unknown else "news"][0]:
+            rows["news"] = min(faults, REGION_PAGES)
         breaks = hint.write_protect_faults > hint.first_touches
         return schedule.after_hint(rows, now, settle, breaks)
 

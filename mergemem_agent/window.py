@@ -18,6 +18,7 @@ from mergemem_agent import schedule
 from mergemem_agent.contract import PAGE_BYTES, RECORD
 from mergemem_agent.look import ORDINARY, Seen, Wanted, compare
 from mergemem_agent.region import REGION_PAGES, STAGES, Regions
+from mergemem_agent.schedule import NEGLECT_SECONDS
 from mergemem_agent.word import (
     CHECKSUM_MASK,
     DEEP,
@@ -41,9 +42,9 @@ _U64 = np.uint64
 # What reading a page in full has told of it, beside its sample.
 _TOLD_IN_FULL: Final = CHECKSUM_MASK & ~SAMPLE_MASK | _U64(DEEP | SETTLED)
 
-# In every so many looks, what is known of pages that stayed alone is doubted. It is more than twice
-# as many as a page then takes to settle again, or two pages could wait for each other for ever.
-DOUBT_LOOKS: Final = 8
+# So often, what is known of pages that stayed alone is doubted. To settle again they need three
+# searches, which may wait that long together; or two pages could wait for each other for ever.
+DOUBT_SECONDS: Final = 4 * NEGLECT_SECONDS
 
 # The flags of a word, or this for a page without one.
 _NO_WORD: Final = FLAGS + 1
@@ -137,7 +138,7 @@ class Window:
         asked = np.ones(shape, dtype=np.bool_) if full is None else full.reshape(shape)
         schedule.after_movement(rows, *self._movement(records, asked))
         apart = schedule.apart(rows, now, settle)
-        doubtful = self._doubtful() & ~asked if sampled else _NOBODY
+        doubtful = self._doubtful(now) & ~asked if sampled else _NOBODY
         # To be read in full again, should another page have the same sample: a search tells.
         before = np.where(doubtful, self._words & ~_TOLD_IN_FULL, self._words)
         seen = compare(before, records, asked, apart, max_mappings, wanted)
@@ -157,7 +158,7 @@ class Window:
             scanned=seen.present,
             sampled=seen.touched - seen.in_full,
             checksummed=seen.in_full,
-            fresh=int(np.count_nonzero(seen.fresh)) + int(np.count_nonzero(doubtful)),
+            fresh=int(np.count_nonzero(seen.fresh | (doubtful & (seen.words != 0)))),
             deepened=seen.deepened,
             settled=seen.settled,
             settled_zero=seen.settled_zero,
@@ -166,14 +167,16 @@ class Window:
             huge=int(rows["huge"].sum()),
         )
 
-    def _doubtful(self) -> Array:
+    def _doubtful(self, now: float) -> Array:
         """Return which pages may not be what they were when they were read in full.
 
         What is written to a page beside its sample is not seen, and nobody reads pages in full
-        again that stayed alone. So every few looks such pages may have become equal to others.
+        again that stayed alone. So after a while such pages may have become equal to others.
         """
+        overdue = now - self.rows["doubted"] >= DOUBT_SECONDS
+        self.rows["doubted"] = np.where(overdue, now, self.rows["doubted"])
         alone: Array = (self._words & _U64(DEEP | PARTNER | MERGED | ZERO)) == DEEP
-        alone &= (self.rows["looks"] % DOUBT_LOOKS == DOUBT_LOOKS - 1)[:, np.newaxis]
+        alone &= overdue[:, np.newaxis]
         return alone
 
     def _parts(self) -> Iterator[tuple[Stretch, slice]]:

@@ -19,7 +19,7 @@ from mergemem_agent.hint import Hint
 from mergemem_agent.policy import PolicySet
 from mergemem_agent.procfs import ProcessId
 from mergemem_agent.region import REGION_BYTES, REGION_PAGES
-from mergemem_agent.window import DOUBT_LOOKS
+from mergemem_agent.window import DOUBT_SECONDS
 from mergemem_agent.word import Stage, stage_of
 from tests.unit.synthetic import FIRST_ADDRESS, SAME_SAMPLE, Host, policy
 
@@ -89,10 +89,11 @@ class History:
         self.host.round(self.pipeline)
 
     def all_due(self) -> None:
-        """As if hours had passed."""
+        """As if half an hour had passed: as little as what promises nothing waits at most."""
         self.pipeline.queue._idle_until = 0.0
         for target in self.pipeline.targets:
             target.regions.rows["sample"] = 0.0
+            target.regions.rows["doubted"] -= DOUBT_SECONDS / 8
             target.regions.schedule(time.monotonic(), 0.0)
 
     def held(self) -> Counter[Stage]:
@@ -169,7 +170,7 @@ def test_no_page_is_lost_on_the_way(steps: list[str]) -> None:
         history.check()
     # And at the end all comes to rest: every page that has an equal one is merged.
     history.host.refused = None
-    for _ in range(2 * DOUBT_LOOKS):
+    for _ in range(16):
         history.all_due()
         history.round()
     history.check()

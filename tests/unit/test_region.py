@@ -10,7 +10,7 @@ from mergemem_agent.contract import RECORD, State
 from mergemem_agent.look import Wanted
 from mergemem_agent.region import REGION_PAGES, Regions
 from mergemem_agent.schedule import MAX_INTERVAL_SECONDS, REVISIT
-from mergemem_agent.window import Look, Stretch, Window
+from mergemem_agent.window import DOUBT_SECONDS, Look, Stretch, Window
 from mergemem_agent.word import (
     DEEP,
     FLAGS,
@@ -271,6 +271,33 @@ def test_the_same_sample_leaves_what_is_known() -> None:
     seen = look_in_depth(known, 120.0, (7, CONTENT, SAMPLED, State.ANON))
     assert bytes(known.words[0]) == before
     assert (seen.sampled, seen.checksummed, seen.fresh, seen.settled) == (1, 0, 0, 0)
+
+
+@pytest.mark.parametrize("looks", [1, 2])
+def test_a_page_that_stayed_alone_is_doubted_after_a_while(looks: int) -> None:
+    """Whether it was dismissed or had settled: what changed beside its sample was not seen."""
+    known = regions(1)
+    for now in (100.0, 110.0)[:looks]:
+        look_in_depth(known, now, (7, CONTENT, IN_FULL, State.ANON))
+    known.rows["doubted"] = 100.0
+    page = (7, CONTENT, SAMPLED, State.ANON)
+    alone = DEEP | SETTLED if looks == 2 else DEEP
+    for now, flags, fresh in (
+        (100.0 + DOUBT_SECONDS - 1, alone, 0),
+        (100.0 + DOUBT_SECONDS, 0, 1),  # as if it had only been sampled
+        (101.0 + DOUBT_SECONDS, 0, 0),
+    ):
+        assert look_in_depth(known, now, page).fresh == fresh
+        assert all_flags(known) == {7: flags}
+    assert not look_in_depth(known, 100.0 + 3 * DOUBT_SECONDS).fresh, "gone, so nothing to search"
+
+
+def test_a_page_with_a_partner_is_not_doubted() -> None:
+    known = regions(1)
+    look_in_depth(known, 100.0, (7, CONTENT, IN_FULL, State.ANON))
+    known.partners(np.array([0]), np.array([7]), np.array([True]))
+    look_in_depth(known, 100.0 + 2 * DOUBT_SECONDS, (7, CONTENT, SAMPLED, State.ANON))
+    assert all_flags(known) == {7: DEEP | PARTNER}
 
 
 def test_another_sample_is_another_page() -> None:
