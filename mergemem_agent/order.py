@@ -33,15 +33,13 @@ import numpy as np
 
 from mergemem_agent.prior import Costs, Siblings, Success
 from mergemem_agent.region import REGION_PAGES
-from mergemem_agent.schedule import NEWS_UNKNOWN
+from mergemem_agent.schedule import NEGLECT_SECONDS, NEWS_UNKNOWN
 from mergemem_agent.targets import Target
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
 # One request: 32 MiB of address space.
 SLICE_REGIONS: Final = 16
-# Gaps between regions that one request reaches over.
-BRIDGED_REGIONS: Final = 2
 # One look: 128 MiB.
 BATCH_REGIONS: Final = 64
 OVERDUE_SECONDS: Final = 60.0
@@ -49,7 +47,6 @@ _OVERDUE_TURN: Final = 4
 
 # 4,096 CPU seconds for a GiB.
 WORTH_PAGES: Final = 64.0
-NEGLECT_SECONDS: Final = 1800.0
 
 
 @dataclass(frozen=True)
@@ -92,11 +89,12 @@ class Plan:
         rows, of, share = _gather(targets, siblings, now)
         self._next = 0
         self._order: Array = np.zeros(0, dtype=np.intp)
+        self._worth: Array = np.zeros(0, dtype=np.bool_)
         if not len(rows):
             return
         sampling = rows["sample"] <= now
         straight = (rows["looks"] == 0) & (share > costs.straight_share)
-        expected, cost = _expectations(rows, now, share, straight, success, costs)
+        expected, cost = _expectations(rows, share, sampling, straight, success, costs)
         starts = neighbours(rows["number"], of, sampling, straight)
         self._target = of[starts]
         self._number = rows["number"][starts]
@@ -134,6 +132,15 @@ class Plan:
             worth=bool(self._worth[index]),
         )
 
+    def drop_unworthy(self) -> bool:
+        """Leave out all that is not worth the budget; False: there is nothing of the kind."""
+        left = self._order[self._next :]
+        worth = self._worth[left]
+        if worth.all():
+            return False
+        self._order, self._next = left[worth], 0
+        return True
+
     def skip(self) -> None:
         """Go on to the slice after the next."""
         self._next += 1
@@ -146,7 +153,7 @@ def _gather(
     parts, shares, lengths = [], [], []
     for target, known in zip(targets, siblings, strict=True):
         rows = target.regions.rows
-        rows = rows[_bridged(rows, now)]
+        rows = rows[rows["due"] <= now]
         parts.append(rows)
         lengths.append(len(rows))
         shares.append(known.share(rows["number"]))
@@ -156,44 +163,19 @@ def _gather(
     return np.concatenate(parts), of, np.concatenate(shares)
 
 
-def _bridged(rows: Array, now: float) -> Array:
-    """Return which regions are due, or lie between two of which only partners are due.
-
-    One request for three regions costs less than two for two of them: where no samples are taken,
-    the one between is walked over and not read.
-    """
-    due = rows["due"] <= now
-    partners = due & (rows["sample"] > now)
-    chosen: Array = due.copy()
-    for gap in range(1, BRIDGED_REGIONS + 1):
-        near = partners[: -gap - 1] & partners[gap + 1 :]
-        near &= rows["number"][gap + 1 :] - rows["number"][: -gap - 1] == gap + 1
-        for between in range(1, gap + 1):
-            # A new one is looked at for the first time when its samples are taken.
-            known = rows["looks"][between : len(near) + between] > 0
-            chosen[between : len(near) + between] |= near & known
-    return chosen
-
-
 def _expectations(
-    rows: Array,
-    now: float,
-    share: Array,
-    straight: Array,
-    success: Success,
-    costs: Costs,
+    rows: Array, share: Array, sampling: Array, straight: Array, success: Success, costs: Costs
 ) -> tuple[Array, Array]:
     """Return the pages that each region is expected to save, and its CPU seconds."""
-    new, sampling = rows["looks"] == 0, rows["sample"] <= now
+    new = rows["looks"] == 0
     pages = np.where(new, REGION_PAGES, rows["pages"])
     # At least a little of everything, so that a score is never 0 for all.
     unknown = rows["news"] == NEWS_UNKNOWN
     news = np.where(new, REGION_PAGES, np.where(unknown, pages, rows["news"]) + 0.01)
-    due = (rows["due"] <= now).astype(np.float64)
-    first, second = rows["first"] * due, rows["second"] * due
-    expected: Array = sampling * news * np.maximum(share, 0.001)
+    first, second = rows["first"].astype(np.float64), rows["second"].astype(np.float64)
+    expected = sampling * news * np.maximum(share, 0.001)
     expected += first * success.of_first + second * success.of_second
-    cost: Array = costs.region + (first + second) * costs.full
+    cost = costs.region + (first + second) * costs.full
     cost += sampling * pages * np.where(straight, costs.full, costs.sample + costs.search)
     return expected, cost
 

@@ -23,7 +23,6 @@ import numpy as np
 from mergemem_agent.hint import Hint
 from mergemem_agent.order import (
     BATCH_REGIONS,
-    NEGLECT_SECONDS,
     SLICE_REGIONS,
     WORTH_PAGES,
     Plan,
@@ -32,6 +31,7 @@ from mergemem_agent.order import (
 from mergemem_agent.prior import Costs, Siblings, Success
 from mergemem_agent.procfs import Mapping, PermissionDenied, ProcessGone, ProcessId, ProcFs
 from mergemem_agent.region import REGION_SHIFT, Regions
+from mergemem_agent.schedule import NEGLECT_SECONDS
 from mergemem_agent.targets import Pool, Target, Targets
 from mergemem_agent.window import Look
 
@@ -194,12 +194,11 @@ class ScanQueue:
     ) -> list[Slice]:
         batch: list[Slice] = []
         regions, cost_seconds = 0, 0.0
-        rests = time.monotonic() < self._idle_until
+        if time.monotonic() < self._idle_until and plan.drop_unworthy():
+            self._idle = True
         while len(plan):
             work = plan.peek()
-            if work and rests and not work.worth:
-                self._idle = True
-            elif work and work.target in self._targets and ready(work.target):
+            if work and work.target in self._targets and ready(work.target):
                 regions += work.count
                 cost_seconds += work.cost_seconds
                 allowed_seconds = seconds(work.target.policy.name)

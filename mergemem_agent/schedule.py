@@ -34,6 +34,8 @@ Array = np.ndarray[Any, np.dtype[Any]]
 
 # A region is never left alone for longer, whatever the yield.
 MAX_INTERVAL_SECONDS: Final = 1800.0
+# What is due and promises nothing waits no longer than this.
+NEGLECT_SECONDS: Final = 1800.0
 
 _MIN_INTERVAL_SECONDS: Final = 0.05
 
@@ -138,7 +140,7 @@ def after_hint(rows: Array, now: float, settle: float, breaks: bool) -> bool:
 
 def after_search(rows: Array, now: float, settle: float) -> None:
     """Say when to look at regions again, of which some pages may have got partners."""
-    _set_due(rows, now, settle)
+    _set_due(rows, np.minimum(now, np.where(rows["due"] > 0, rows["due"], now)), settle)
 
 
 def after_merge(rows: Array, now: float, settle: float) -> None:
@@ -149,13 +151,14 @@ def after_merge(rows: Array, now: float, settle: float) -> None:
     _set_due(rows, now, settle)
 
 
-def _set_due(rows: Array, now: float, settle: float) -> None:
+def _set_due(rows: Array, soonest: float | Array, settle: float) -> None:
+    """Say when the next look is due: first full checksums at once, which is `soonest`."""
     tick = _tick_seconds(settle)
     rows["sample"] = _gathered(rows["sample"], tick)
     told = np.maximum(rows["read"], rows["sampled"])
     second = np.where(rows["second"] > 0, told + settle_of(rows, settle), _NEVER)
     due = np.minimum(rows["sample"], _gathered(second, tick))
-    rows["due"] = np.where(rows["first"] > 0, np.minimum(now, due), due)
+    rows["due"] = np.where(rows["first"] > 0, np.minimum(soonest, due), due)
 
 
 def _tick_seconds(settle: float) -> float:

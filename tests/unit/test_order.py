@@ -11,11 +11,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mergemem_agent import order, schedule
-from mergemem_agent.order import NEGLECT_SECONDS, OVERDUE_SECONDS, SLICE_REGIONS, Plan, Slice
+from mergemem_agent.hint import Hint
+from mergemem_agent.order import OVERDUE_SECONDS, SLICE_REGIONS, Plan, Slice
 from mergemem_agent.policy import Policy, Selector
 from mergemem_agent.prior import Costs, Siblings, Success
 from mergemem_agent.procfs import ProcessId
-from mergemem_agent.region import REGION_PAGES, ROW, Regions
+from mergemem_agent.region import REGION_PAGES, REGION_SHIFT, ROW, Regions
+from mergemem_agent.schedule import NEGLECT_SECONDS
 from mergemem_agent.targets import Target
 
 Array = np.ndarray[Any, np.dtype[Any]]
@@ -108,6 +110,34 @@ def test_news_are_averaged_from_the_second_look_on(changes: list[int], news: flo
     assert one.regions.rows["news"][0] == news
 
 
+@pytest.mark.parametrize(
+    ("pages", "faults", "news"), [(0, 512, 512), (500, 100, -1), (5, 600, 512)]
+)
+def test_hints_tell_more_than_a_first_look_at_memory_that_was_not_there_yet(
+    pages: int, faults: int, news: float
+) -> None:
+    one = target(1, 100)
+    look(one.regions.rows, changed=pages)
+    one.regions.rows["pages"] = pages
+    one.regions.hint(0, NOW, 10.0, Hint(one.process, 100 << REGION_SHIFT, faults, 0))
+    assert one.regions.rows["news"][0] == news
+
+
+def test_what_is_not_worth_it_is_left_out_at_once() -> None:
+    calm, lively, other = target(1, 100), target(2, 100), target(3, 100)
+    known(calm, news=0.0)
+    for one in (lively, other):
+        known(one, news=100.0)
+    plan = Plan([calm, lively, other], [Siblings()] * 3, Success(), Costs(), NOW)
+    assert take(plan)
+    assert plan.drop_unworthy()
+    assert len(plan) == 1
+    work = take(plan)
+    assert work
+    assert work.worth
+    assert not plan.drop_unworthy()
+
+
 def look(rows: Array, changed: int, broken: int = 0, merged_before: int = 0) -> None:
     """Take in one look at samples of a region's pages."""
     pages = np.array([[changed], [broken], [merged_before]])
@@ -133,42 +163,6 @@ def test_slices_are_neighbours_of_one_kind() -> None:
     assert shapes == [
         (0, 2, True), (2, 1, False), (3, SLICE_REGIONS, True), (19, 1, True), (20, 1, True),
     ]  # fmt: skip
-
-
-@pytest.mark.parametrize(
-    ("due", "slices"),
-    [
-        ([0, 2], [(0, 3)]),
-        ([0, 3, 5], [(0, 6)]),
-        ([0, 4], [(0, 1), (4, 1)]),
-        ([5, 8], [(5, 4)]),
-        ([8, 10], [(8, 1), (10, 1)]),  # 9 is not there
-        ([11, 13], [(11, 1), (13, 1)]),  # 12 is new
-    ],
-)
-def test_a_request_reaches_over_regions_that_are_not_due(
-    due: list[int], slices: list[tuple[int, int]]
-) -> None:
-    numbers = [*range(9), *range(10, 14)]
-    one = target(1, *(100 + number for number in numbers))
-    known(one, sample=NOW + 100, due=NOW + 50, second=20)
-    rows = one.regions.rows
-    rows["looks"][numbers.index(12)] = 0
-    rows["due"][[numbers.index(number) for number in due]] = NOW - 1
-    plan = Plan([one], [Siblings()], Success(), Costs(), NOW)
-    works = [take(plan) for _ in range(len(plan))]
-    found = sorted((numbers[work.first], work.count) for work in works if work)
-    assert found == slices
-    assert not any(work.sampled for work in works if work)
-
-
-def test_samples_are_taken_of_nothing_else() -> None:
-    one = target(1, 100, 101, 102)
-    known(one)
-    one.regions.rows["sample"][1] = one.regions.rows["due"][1] = NOW + 100
-    plan = Plan([one], [Siblings()], Success(), Costs(), NOW)
-    works = [take(plan) for _ in range(len(plan))]
-    assert sorted((work.first, work.count) for work in works if work) == [(0, 1), (2, 1)]
 
 
 def test_what_has_gone_meanwhile_is_left_out() -> None:
@@ -292,6 +286,22 @@ def test_looks_wait_for_others_but_not_for_long(
     due = rows["due"].copy()
     schedule.after_search(rows, now, settle)
     assert rows["due"].tolist() == due.tolist(), "nothing is put off twice"
+
+
+def test_second_looks_wait_for_others_too() -> None:
+    rows = np.zeros(4, dtype=ROW)
+    rows["second"], rows["sample"] = 5, NOW + 1000
+    rows["read"] = NOW + np.array([0.1, 0.2, 0.3, 0.4])
+    schedule.after_search(rows, NOW, 10.0)
+    assert rows["due"].tolist() == [NOW + 10.5] * 4
+
+
+def test_a_search_does_not_make_what_is_overdue_wait_anew() -> None:
+    rows = np.zeros(3, dtype=ROW)
+    rows["first"], rows["sample"] = 5, NOW + 1000
+    rows["due"] = [NOW - 100, NOW + 100, 0.0]
+    schedule.after_search(rows, NOW, 10.0)
+    assert rows["due"].tolist() == [NOW - 100, NOW, NOW]
 
 
 def test_looks_that_are_due_at_about_the_same_time_come_together() -> None:

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 
-from mergemem_agent import order, scan
+from mergemem_agent import order, scan, schedule
 from mergemem_agent.hint import Hint
 from mergemem_agent.order import BATCH_REGIONS, SLICE_REGIONS, Slice
 from mergemem_agent.policy import Glob, Policy, PolicySet, Selector
@@ -290,7 +290,7 @@ def test_a_search_has_to_promise_as_much_as_a_look() -> None:
     assert queue.search_rest_seconds(pages, enough) == 0
     rest = queue.search_rest_seconds(pages, enough - 1)
     assert rest == pytest.approx(cost_seconds / IDLE_SHARE)
-    assert queue.search_rest_seconds(10**9, 1) == order.NEGLECT_SECONDS
+    assert queue.search_rest_seconds(10**9, 1) == schedule.NEGLECT_SECONDS
 
 
 def test_a_process_that_ends_in_the_queue_is_dropped(
