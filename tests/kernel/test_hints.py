@@ -52,12 +52,18 @@ EVENT_LIMIT_SECONDS = 20.0
 
 @pytest.fixture(scope="module")
 def program() -> Iterator[HintProgram]:
-    program = HintProgram(regions=REGIONS, event_pages=1, sampling_bits=0)
-    program.count_faults(SourceKind.BPF)
-    # Pages of libraries that two processes map stay where they are: the agent's measure is spoilt.
-    give_memory_back()
+    program = compiled()
     yield program
     program.close()
+
+
+def compiled() -> HintProgram:
+    """A program that counts every fault in few regions."""
+    program = HintProgram(regions=REGIONS, event_pages=1, sampling_bits=0)
+    # Pages of libraries that two processes map stay where they are: the agent's measure is spoilt.
+    give_memory_back()
+    program.count_faults(SourceKind.BPF)
+    return program
 
 
 @pytest.fixture
@@ -182,9 +188,8 @@ def test_regions_that_a_map_refuses_are_counted_as_lost(
     assert code.count('"lru_percpu_hash"') == 2
     (sources / "hints.c").write_text(code.replace('"lru_percpu_hash"', '"percpu_hash"'))
     monkeypatch.setattr("mergemem_agent.hint_program.source_directory", lambda: sources)
-    program = HintProgram(regions=REGIONS, event_pages=1, sampling_bits=0)
+    program = compiled()
     try:
-        program.count_faults(SourceKind.BPF)
         source = fresh(program, sampling=1)
         alice = stage.start()
         area = alice.map(2 * REGIONS * REGION_PAGES)
