@@ -39,7 +39,7 @@ debug-kernel: | $(PYTHON) ## build the kernel that checks everything; KERNEL=deb
 bench-kmod: | $(PYTHON) ## the cost of one merge against KSM, a few minutes a kernel; KERNEL=6.12
 	@$(RIG) bench-kmod
 
-bench: | $(PYTHON) ## the race against ksmd, half an hour a kernel; KERNEL=6.12 CASE='churn idle'
+bench: | $(PYTHON) ## the race against ksmd, 40 minutes a kernel; KERNEL=6.12 CASE='churn idle'
 	@$(RIG) bench
 
 bench-hints: | $(PYTHON) ## what hints cost a storm of page faults, a minute a kernel; KERNEL=6.12

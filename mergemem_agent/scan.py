@@ -21,13 +21,7 @@ from typing import Any, Final
 import numpy as np
 
 from mergemem_agent.hint import Hint
-from mergemem_agent.order import (
-    BATCH_REGIONS,
-    SLICE_REGIONS,
-    WORTH_PAGES,
-    Plan,
-    Slice,
-)
+from mergemem_agent.order import BATCH_REGIONS, SLICE_REGIONS, WORTH_PAGES, Plan, Slice
 from mergemem_agent.prior import Costs, Siblings, Success
 from mergemem_agent.procfs import Mapping, PermissionDenied, ProcessGone, ProcessId, ProcFs
 from mergemem_agent.region import REGION_SHIFT, Regions

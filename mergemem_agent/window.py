@@ -49,7 +49,6 @@ DOUBT_SECONDS: Final = 4 * NEGLECT_SECONDS
 # The flags of a word, or this for a page without one.
 _NO_WORD: Final = FLAGS + 1
 _CODES: Final = FLAGS + 2
-_NOBODY: Final = np.zeros(1, dtype=np.bool_)
 _STAGE_OF_CODE: Final = np.append(STAGE_OF_FLAGS, np.uint8(Stage.ABSENT))
 
 
@@ -138,10 +137,16 @@ class Window:
         asked = np.ones(shape, dtype=np.bool_) if full is None else full.reshape(shape)
         schedule.after_movement(rows, *self._movement(records, asked))
         apart = schedule.apart(rows, now, settle)
-        doubtful = self._doubtful(now) & ~asked if sampled else _NOBODY
-        # To be read in full again, should another page have the same sample: a search tells.
-        before = np.where(doubtful, self._words & ~_TOLD_IN_FULL, self._words)
+        doubtful = self._doubtful(now) if sampled else None
+        before = self._words
+        if doubtful is not None:
+            doubtful &= ~asked
+            # To be read in full again, should another page have the same sample: a search tells.
+            before = np.where(doubtful, before & ~_TOLD_IN_FULL, before)
         seen = compare(before, records, asked, apart, max_mappings, wanted)
+        searched = seen.fresh
+        if doubtful is not None:
+            searched = searched | (doubtful & (seen.words != 0))
         merged_before = rows["merged"].copy()
         self._count(seen)
         _account(rows, records, seen, sampled)
@@ -158,7 +163,7 @@ class Window:
             scanned=seen.present,
             sampled=seen.touched - seen.in_full,
             checksummed=seen.in_full,
-            fresh=int(np.count_nonzero(seen.fresh | (doubtful & (seen.words != 0)))),
+            fresh=int(np.count_nonzero(searched)),
             deepened=seen.deepened,
             settled=seen.settled,
             settled_zero=seen.settled_zero,
@@ -167,13 +172,15 @@ class Window:
             huge=int(rows["huge"].sum()),
         )
 
-    def _doubtful(self, now: float) -> Array:
-        """Return which pages may not be what they were when they were read in full.
+    def _doubtful(self, now: float) -> Array | None:
+        """Return which pages may not be what they were when they were read in full; None: none.
 
         What is written to a page beside its sample is not seen, and nobody reads pages in full
         again that stayed alone. So after a while such pages may have become equal to others.
         """
         overdue = now - self.rows["doubted"] >= DOUBT_SECONDS
+        if not overdue.any():
+            return None
         self.rows["doubted"] = np.where(overdue, now, self.rows["doubted"])
         alone: Array = (self._words & _U64(DEEP | PARTNER | MERGED | ZERO)) == DEEP
         alone &= overdue[:, np.newaxis]

@@ -18,13 +18,11 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from tests.bench.each_kernel import DIRECTORY, each_kernel
 from tests.bench.hints_guest import KINDS, STORM
-from tests.vm import kernels
-from tests.vm.cache import BUILD, CHECKOUT
-from tests.vm.guest import Guest, GuestError
-from tests.vm.steps import StepFailed, run, say, step
+from tests.vm.guest import Guest
+from tests.vm.steps import run
 
-DIRECTORY = BUILD / "bench"
 SOURCE = Path(__file__).parent / "hints_storm.c"
 TIME_LIMIT_SECONDS = 900
 MOST_PERCENT = 3.0
@@ -80,24 +78,14 @@ def markdown(report: dict[str, dict[str, Any]]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def build() -> None:
+    """The program that takes the faults."""
+    run(["gcc", "-O2", "-Wall", "-Wextra", "-Werror", "-static", "-o", STORM, SOURCE])
+
+
 def main() -> int:
     """0, or the guest's verdict."""
-    chosen = [kernel.name for kernel in kernels.select(kernels.load(), " ".join(sys.argv[1:]))]
-    report: dict[str, Any] = {}
-    try:
-        run(["gcc", "-O2", "-Wall", "-Wextra", "-Werror", "-static", "-o", STORM, SOURCE])
-        for name in chosen:
-            with step(f"kernel {name}"):
-                report[name] = measure(name)
-    except (GuestError, StepFailed) as failure:
-        print(f"{type(failure).__name__}: {failure}", file=sys.stderr)
-        return getattr(failure, "exit_status", 1)
-    text = json.dumps(report, indent=2) + "\n"
-    (DIRECTORY / "hints.json").write_text(text, encoding="utf-8")
-    (DIRECTORY / "hints.md").write_text(markdown(report), encoding="utf-8")
-    say(f"\n{markdown(report)}")
-    say(f"figures  {(DIRECTORY / 'hints.json').relative_to(CHECKOUT)}")
-    return 0
+    return each_kernel("hints", build, measure, markdown)
 
 
 if __name__ == "__main__":

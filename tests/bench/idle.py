@@ -17,15 +17,12 @@ from itertools import pairwise
 from typing import Any
 
 from tests.bench import idle_guest
+from tests.bench.each_kernel import DIRECTORY, each_kernel
 from tests.bench.race import workload
 from tests.bench.race.targets import IDLE_PERCENT
 from tests.bench.table import table
-from tests.vm import kernels
-from tests.vm.cache import BUILD, CHECKOUT
-from tests.vm.guest import Guest, GuestError
-from tests.vm.steps import StepFailed, say, step
+from tests.vm.guest import Guest
 
-DIRECTORY = BUILD / "bench"
 TIME_LIMIT_SECONDS = 2400
 MEMORY_MIB = 6144
 STAGES = ("targets", "scan", "index", "merge")
@@ -129,22 +126,7 @@ def _row(title: str, one: Figures) -> list[str]:
 
 def main() -> int:
     """0, or the guest's verdict."""
-    chosen = [kernel.name for kernel in kernels.select(kernels.load(), " ".join(sys.argv[1:]))]
-    report: dict[str, Figures] = {}
-    try:
-        workload.build()
-        for name in chosen:
-            with step(f"kernel {name}"):
-                report[name] = measure(name)
-    except (GuestError, StepFailed) as failure:
-        print(f"{type(failure).__name__}: {failure}", file=sys.stderr)
-        return getattr(failure, "exit_status", 1)
-    text = json.dumps(report, indent=2) + "\n"
-    (DIRECTORY / "idle.json").write_text(text, encoding="utf-8")
-    (DIRECTORY / "idle.md").write_text(markdown(report), encoding="utf-8")
-    say(f"\n{markdown(report)}")
-    say(f"figures  {(DIRECTORY / 'idle.json').relative_to(CHECKOUT)}")
-    return 0
+    return each_kernel("idle", workload.build, measure, markdown)
 
 
 if __name__ == "__main__":
