@@ -19,12 +19,13 @@
 /* include/uapi/linux/sched.h */
 #define CLONE_THREAD 0x00010000
 
-/* Written by the agent. */
+/* Written by the agent, but for `wake`, which a program clears. */
 struct settings {
 	u32 epoch; /* 0 or 1: which map of counts is written to */
 	u32 salt, highest; /* of sampling */
 	u32 pid_offset; /* of the pid in struct task_struct */
 	u32 copy_of; /* process whose next thread to end is copied to task_copy; 0: nobody's */
+	u32 wake; /* report the next fault that is counted; no other one is */
 };
 
 /* The beginning of a struct task_struct, in which the agent finds its own pid. */
@@ -55,6 +56,7 @@ enum event_kind {
 	EVENT_FORK,
 	EVENT_EXEC,
 	EVENT_EXIT,
+	EVENT_COUNTED,
 };
 
 struct event {
@@ -71,12 +73,34 @@ BPF_PROG_ARRAY(sampled, 1);
 BPF_RINGBUF_OUTPUT(events, MERGEMEM_EVENT_PAGES);
 
 /*
+ * Whoever waits for the buffer is woken by the first event after it was emptied, and by no others: a
+ * storm wakes the agent as often as that chooses to empty it.
+ */
+static inline void report(enum event_kind kind, u32 pid)
+{
+	struct event event = { kind, pid };
+	struct totals *total;
+	u32 zero = 0;
+
+	if (!events.ringbuf_output(&event, sizeof(event), 0))
+		return;
+	total = totals.lookup(&zero);
+	if (total)
+		total->events_lost++;
+}
+
+/*
  * Count a fault that was sampled. The agent drains one map while the other is written to, so
  * nothing is ever lost between its reading of an entry and its deleting it.
+ *
+ * An agent that has long had nothing to do asks to be woken. It asks, then looks at `counted`; we
+ * count, then look at `wake`: so one of the two sees the other. Programs on other processors may
+ * report the same once more. Should one of us clear what the agent has just asked for anew, the
+ * agent is woken early, and asks again or looks when it wakes up by itself.
  */
-static inline void count(u64 address, bool write_protect, u32 epoch)
+static inline void count(u64 address, bool write_protect, struct settings *set)
 {
-	u32 zero = 0, tgid = bpf_get_current_pid_tgid() >> 32;
+	u32 zero = 0, tgid = bpf_get_current_pid_tgid() >> 32, epoch = set->epoch;
 	struct counts fresh = { !write_protect, write_protect }, *known;
 	struct totals *total = totals.lookup(&zero);
 	u64 key = region_key(tgid, address);
@@ -97,6 +121,11 @@ static inline void count(u64 address, bool write_protect, u32 epoch)
 		return;
 	}
 	total->counted[epoch & 1]++;
+	asm volatile("" ::: "memory");
+	if (set->wake) {
+		set->wake = 0;
+		report(EVENT_COUNTED, tgid);
+	}
 }
 
 /* Those faults that may be sampled; a program of its own, see below. */
@@ -110,7 +139,7 @@ int on_sampled_fault(struct bpf_raw_tracepoint_args *ctx)
 		return 0;
 	set = settings.lookup(&zero);
 	if (set && page_is_sampled(address, set->salt, set->highest))
-		count(address, error_code & FAULT_PRESENT, set->epoch);
+		count(address, error_code & FAULT_PRESENT, set);
 	return 0;
 }
 
@@ -139,25 +168,8 @@ int on_perf_fault(struct perf_fault *ctx)
 
 	set = settings.lookup(&zero);
 	if (set && address_is_users(ctx->address))
-		count(ctx->address, false, set->epoch);
+		count(ctx->address, false, set);
 	return 0;
-}
-
-/*
- * Whoever waits for the buffer is woken by the first event after it was emptied, and by no others: a
- * storm wakes the agent as often as that chooses to empty it.
- */
-static inline void report(enum event_kind kind, u32 pid)
-{
-	struct event event = { kind, pid };
-	struct totals *total;
-	u32 zero = 0;
-
-	if (!events.ringbuf_output(&event, sizeof(event), 0))
-		return;
-	total = totals.lookup(&zero);
-	if (total)
-		total->events_lost++;
 }
 
 /*

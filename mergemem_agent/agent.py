@@ -92,6 +92,7 @@ class Agent:
         self._limits: Limits | None = None
         self._missing_told = ""
         self._followed = 0.0  # when events were last taken
+        self._naps = Naps(self._source.poll_seconds, time.monotonic())
         self._stirred = False  # there were some, or somebody was waiting to be looked at
         self._snapshot_taken = self._snapshot_due = 0.0
         self._told = (0, 0)  # how far the snapshot has come
@@ -166,17 +167,22 @@ class Agent:
         Returns early when processes have come or gone, or, where the caller will take them, when
         there are hints: it would return at once again as long as nobody does.
         """
-        end, naps = time.monotonic() + seconds, Naps(self._source.poll_seconds)
-        woken = False
+        end, woken = time.monotonic() + seconds, False
         while not self._signals.pending and (left := end - time.monotonic()) > 0:
             self._publish()
-            if self._follow() or (hinted and self._source.has_hints()):
+            if self._follow() or (hinted and self._has_hints()):
                 return
             now = time.monotonic()
             stirred = woken or self._stirred or bool(self._pipeline.targets.waiting)
-            nap, may_wake = naps.next(stirred, now - self._followed)
-            nap = min(nap, left, max(0.0, self._snapshot_due - now))
-            woken = self._signals.sleep(nap, self._source.descriptor() if may_wake else None)
+            nap = self._naps.next(now, stirred, now - self._followed)
+            if hinted and nap.for_hints:
+                self._source.wake_for_hints()
+                if self._has_hints():  # they came before anybody was to be woken
+                    return
+            others = min(self._snapshot_due - now, self._notifier.due_seconds())
+            nap_seconds = min(nap.seconds, left, max(0.0, others))
+            descriptor = self._source.descriptor() if nap.for_events else None
+            woken = self._signals.sleep(nap_seconds, descriptor)
 
     def _follow(self) -> bool:
         """Take in which processes came and went, in the middle of whatever goes on."""
@@ -192,6 +198,12 @@ class Agent:
         if changed:
             self._source.watch(target.process for target in self._pipeline.targets)
         return changed
+
+    def _has_hints(self) -> bool:
+        if not self._source.has_hints():
+            return False
+        self._naps.stir(time.monotonic())
+        return True
 
     def _have_events(self) -> bool:
         descriptor = self._source.descriptor()

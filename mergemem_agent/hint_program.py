@@ -41,7 +41,7 @@ PERF_SAMPLING: Final = 64
 FAULT_TRACEPOINTS: Final = (b"page_fault_user", b"page_fault_kernel")
 
 SETTINGS: Final = np.dtype(
-    [(name, "u4") for name in ("epoch", "salt", "highest", "pid_offset", "copy_of")]
+    [(name, "u4") for name in ("epoch", "salt", "highest", "pid_offset", "copy_of", "wake")]
 )
 TASK_BYTES: Final = 8192
 COUNTS: Final = np.dtype([("first_touches", "u4"), ("write_protect_faults", "u4")])
@@ -49,7 +49,7 @@ TOTALS: Final = np.dtype(
     [("sampled", "u8"), ("counted", "u8", (2,)), ("failed", "u8"), ("events_lost", "u8")]
 )
 
-EVENT_FORK, EVENT_EXEC, EVENT_EXIT = 0, 1, 2  # enum event_kind
+EVENT_FORK, EVENT_EXEC, EVENT_EXIT, EVENT_COUNTED = range(4)  # enum event_kind
 
 _INITIAL_PID_NAMESPACE: Final = 0xEFFFFFFC  # include/linux/proc_ns.h
 _COPY_SECONDS: Final = 5.0
@@ -104,9 +104,12 @@ class HintProgram:
             for parity in ("even", "odd")
         )
 
-    def configure(self, epoch: int, salt: int, highest: int) -> None:
-        """Say which map is written to, and which faults are counted: see bpf/sample.h."""
-        self.settings.write(0, (epoch, salt, highest, self._pid_offset, 0))
+    def configure(self, epoch: int, salt: int, highest: int, wake: bool = False) -> None:
+        """Say which map is written to, and which faults are counted: see bpf/sample.h.
+
+        With `wake`, the next one that is counted is an event, too.
+        """
+        self.settings.write(0, (epoch, salt, highest, self._pid_offset, 0, wake))
 
     def _find_pid_offset(self) -> int:
         """Return where struct task_struct has the pid, with that of the process behind it.
@@ -115,7 +118,7 @@ class HintProgram:
         copied as it ends, and its two pids looked for.
         """
         copy = BpfMap(self._descriptor("task_copy"), "u4", f"V{TASK_BYTES}")
-        self.settings.write(0, (0, 0, 0, 0, os.getpid()))
+        self.settings.write(0, (0, 0, 0, 0, os.getpid(), 0))
         thread = threading.Thread(target=lambda: None, name="pid offset")
         thread.start()
         pids = (thread.native_id, os.getpid())

@@ -8,7 +8,8 @@ deleting, and what was counted but is not there has been evicted, to the last fa
 The cost of a storm of faults is bounded by sampling. All that a fault costs which is not sampled
 is the way into the program and out again; those that are sampled shall be SAMPLED_PER_SECOND at
 most, on all processors together, so each drain sets N anew, to a power of two, from the rate that
-it finds: up at once, down by half each time.
+it finds: up with the next drain, down by half each time. (Only faults of targets wake an idle
+agent: a storm of others' is noticed when that looks around, after twenty seconds at most.)
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ import numpy as np
 
 from mergemem_agent.hint import LOSSES, Hint, HintState, ProcessEvents, SourceKind
 from mergemem_agent.hint_program import (
+    EVENT_COUNTED,
     EVENT_EXEC,
     EVENT_EXIT,
     EVENT_FORK,
@@ -67,6 +69,12 @@ class HintSource(Protocol):
     def has_hints(self) -> bool:
         """Tell whether it is time for hints() and there may be some."""
 
+    def wake_for_hints(self) -> None:
+        """Have the next hint wake whoever waits for the descriptor, once, or until a drain.
+
+        To be followed by has_hints(): they may have come before.
+        """
+
     def descriptor(self) -> int | None:
         """Return what can be waited for: it is readable while there are events."""
 
@@ -96,6 +104,9 @@ class NoHints:
     def has_hints(self) -> bool:
         """Tell that there are none."""
         return False
+
+    def wake_for_hints(self) -> None:
+        """Do nothing."""
 
     def descriptor(self) -> None:
         """Tell that there is nothing to wait for."""
@@ -185,13 +196,17 @@ class BpfHints:
             return True
         return bool(totals["sampled"] - self._sampled > SAMPLED_PER_SECOND * passed)
 
+    def wake_for_hints(self) -> None:
+        """Have the program report the next fault that it counts."""
+        self._program.configure(self._epoch, *self._chosen, wake=True)
+
     def descriptor(self) -> int:
         """Return that of the ring buffer."""
         return self._program.events_descriptor
 
     def events(self) -> ProcessEvents:
         """Take all events out of the ring buffer."""
-        events = self._program.take_events()
+        events = [event for event in self._program.take_events() if event[0] != EVENT_COUNTED]
         self._events_seen += len(events)
         pids: dict[int, set[int]] = {EVENT_FORK: set(), EVENT_EXEC: set(), EVENT_EXIT: set()}
         for kind, pid in events:
@@ -296,7 +311,8 @@ class BpfHints:
         one_in = 1 if perf else self._sampling // self._program.least_sampling
         highest = (1 << 32) // one_in - 1
         salt = (time.monotonic_ns() // 1000 * 0x9E3779B1) & 0xFFFFFFFF
-        self._program.configure(self._epoch, salt, highest)
+        self._chosen = salt, highest
+        self._program.configure(self._epoch, *self._chosen)
 
     def _totals(self) -> Any:
         """Return the totals of all CPUs, added up: one TOTALS."""

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import socket
 import time
@@ -49,6 +50,10 @@ class Notifier:
         if self._ping_seconds and now >= self._next_ping:
             self._next_ping = now + self._ping_seconds
             self._send("WATCHDOG=1")
+
+    def due_seconds(self) -> float:
+        """Return when to call alive() at the latest; infinite without a watchdog."""
+        return max(0.0, self._next_ping - time.monotonic()) if self._ping_seconds else math.inf
 
     def _send(self, *lines: str) -> None:
         if not self._address:

@@ -5,7 +5,8 @@ Finding processes must cost next to nothing, however many there are. Each sync r
 file of each process for its ProcessId; only new ones are read in full and shown to the policies.
 What a policy has no use for yet may grow into it: a process is looked at again when it is twice as
 old as it was (it may have been too young, too small, or another program before its exec), and at
-the latest after RECHECK_SECONDS. The same check, at that pace, finds targets that have changed.
+the latest after RECHECK_SECONDS, or when the agent wakes up next (nap.py). The same check, at that
+pace, finds targets that have changed.
 
 Where the kernel tells of forks, execs and exits, /proc is read in full only now and then, or at
 once when it is known that events were lost. Whoever is new is looked at LOOK_SECONDS later: by then

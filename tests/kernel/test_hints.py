@@ -18,6 +18,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -270,25 +271,60 @@ def test_processes_come_and_go_by_events(stage: Stage, source: BpfHints) -> None
     assert lost(source).keys() <= {"gone"}  # what it did before it ended
 
 
-def test_an_event_wakes_whoever_waits_for_it(stage: Stage, source: BpfHints) -> None:
+def assert_wakes(source: BpfHints, cause: Callable[[], object]) -> None:
     """Else it is only found by the next look around, which here is half a minute away."""
-    source.events()
 
     def waited() -> tuple[bool, float]:
         started = time.monotonic()
         ready = select.select([source.descriptor()], [], [], WAKE_LIMIT_SECONDS)[0]
         return bool(ready), time.monotonic() - started
 
+    with ThreadPoolExecutor() as waiter:
+        found = waiter.submit(waited)
+        time.sleep(1)
+        cause()
+    ready, seconds = found.result()
+    assert ready
+    assert seconds < WAKE_LIMIT_SECONDS / 2
+
+
+def is_awake(source: BpfHints) -> bool:
+    return bool(select.select([source.descriptor()], [], [], 0)[0])
+
+
+def test_an_event_wakes_whoever_waits_for_it(stage: Stage, source: BpfHints) -> None:
+    source.events()
     for _ in range(2):  # the second time, after the buffer was emptied
-        with ThreadPoolExecutor() as waiter:
-            found = waiter.submit(waited)
-            time.sleep(1)
-            stage.start()
-        ready, seconds = found.result()
-        assert ready
-        assert seconds < WAKE_LIMIT_SECONDS / 2
+        assert_wakes(source, stage.start)
         assert source.events().executed
-        assert not select.select([source.descriptor()], [], [], 0)[0]
+        assert not is_awake(source)
+
+
+def test_a_hint_wakes_whoever_has_asked_for_it(stage: Stage, source: BpfHints) -> None:
+    alice, bob = stage.start(), stage.start()
+    areas = [actor.map(REGION_PAGES) for actor in (alice, bob)]
+    drained(source, alice)
+    source.events()
+    seen = source.state().events
+    alice.ask("write", areas[0], 1, 7)
+    assert not is_awake(source), "nobody has asked"
+    for number in range(1, 3):
+        drained(source, alice)
+        source.wake_for_hints()
+        bob.ask("write", areas[1] + number * PAGE_BYTES, 1, 1)
+        assert not is_awake(source), "of bob there are no hints"
+        area = areas[0] + number * 16 * PAGE_BYTES
+        assert_wakes(source, partial(alice.ask, "write", area, 1, 7))
+        assert source.has_hints()
+        assert source.events() == ProcessEvents(), "it is no event of a process"
+        alice.ask("write", area + 8 * PAGE_BYTES, 1, 1)
+        assert not is_awake(source), "once is enough"
+    source.wake_for_hints()
+    drained(source, alice)
+    alice.ask("write", areas[0] + 100 * PAGE_BYTES, 1, 1)
+    assert not is_awake(source), "a drain ends it"
+    assert source.state().events == seen
+    assert not lost(source)
 
 
 def test_the_young_are_looked_at_again(stage: Stage, source: BpfHints) -> None:

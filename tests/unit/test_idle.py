@@ -9,11 +9,13 @@ import select
 import signal
 import time
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
 from mergemem_agent import agent as service
+from mergemem_agent import nap
 from mergemem_agent.agent import Agent, Options
 from mergemem_agent.hint import Hint, HintState, ProcessEvents
 from mergemem_agent.module import Module
@@ -40,6 +42,7 @@ class Source:
     def __init__(self) -> None:
         self.reader, self.writer = os.pipe()
         self.pending = False
+        self.asked_to_wake = 0
         self.taken: Callable[[], None] = lambda: None
 
     def watch(self, processes: Iterable[ProcessId]) -> None:
@@ -50,6 +53,9 @@ class Source:
 
     def has_hints(self) -> bool:
         return self.pending
+
+    def wake_for_hints(self) -> None:
+        self.asked_to_wake += 1
 
     def descriptor(self) -> int:
         return self.reader
@@ -90,6 +96,12 @@ def agent(source: Source, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> It
         signal.signal(number, handler)
 
 
+@pytest.fixture
+def soon_quiet(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Already the first nap, of two seconds, ends with a hint."""
+    monkeypatch.setattr(nap, "QUIET_SECONDS", 0.0)
+
+
 def cpu_seconds(work: Callable[[], object]) -> float:
     before = time.process_time()
     work()
@@ -118,8 +130,59 @@ def test_without_the_module_hints_wake_nobody(agent: Agent, source: Source) -> N
 def test_hints_end_the_wait_for_work(agent: Agent, source: Source) -> None:
     source.pending = True
     before = time.monotonic()
+    agent._naps.stir(before - 600.0)
     agent._idle(600.0)
-    assert time.monotonic() < before + 60
+    after = time.monotonic()
+    assert after < before + 60
+    assert not agent._naps.next(after, stirred=False, followed_seconds_ago=0.0).for_hints
+
+
+@pytest.mark.usefixtures("soon_quiet")
+def test_hints_wake_an_agent_that_has_long_been_idle(agent: Agent, source: Source) -> None:
+
+    def write_to_memory() -> None:
+        deadline = time.monotonic() + 10
+        while not source.asked_to_wake and time.monotonic() < deadline:
+            time.sleep(0.01)
+        source.pending = True
+        os.write(source.writer, b"x")
+
+    agent._pipeline.find_targets()
+    before = time.monotonic()
+    with ThreadPoolExecutor() as pool:
+        writing = pool.submit(write_to_memory)
+        agent._idle(20.0)
+        writing.result()
+    assert time.monotonic() < before + nap.IDLE_SECONDS / 2
+
+
+@pytest.mark.usefixtures("soon_quiet")
+def test_hints_that_came_as_the_agent_asked_to_be_woken_are_not_slept_over(
+    agent: Agent, source: Source, monkeypatch: pytest.MonkeyPatch
+) -> None:
+
+    def too_late() -> None:
+        source.pending = True
+
+    monkeypatch.setattr(source, "wake_for_hints", too_late)
+    agent._pipeline.find_targets()
+    before = time.monotonic()
+    agent._idle(600.0)
+    assert time.monotonic() < before + nap.IDLE_SECONDS / 2
+
+
+@pytest.mark.usefixtures("soon_quiet")
+def test_without_the_module_nobody_asks_to_be_woken_by_hints(agent: Agent, source: Source) -> None:
+    agent._idle(SECONDS, hinted=False)
+    assert not source.asked_to_wake
+
+
+def test_the_watchdog_is_not_slept_over(agent: Agent, monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[float] = []
+    monkeypatch.setattr(agent._notifier, "alive", lambda: told.append(time.monotonic()))
+    monkeypatch.setattr(agent._notifier, "due_seconds", lambda: SECONDS / 10)
+    agent._idle(SECONDS)
+    assert len(told) > 5
 
 
 def test_an_event_just_after_others_waits_asleep(agent: Agent, source: Source) -> None:

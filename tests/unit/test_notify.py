@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: MIT
 """sd_notify(3), against a real socket."""
 
+import math
 import os
 import socket
 import time
@@ -54,9 +55,11 @@ def test_reloading_tells_the_monotonic_time(manager: tuple[socket.socket, str]) 
 def test_the_watchdog_is_pinged_when_it_is_time(manager: tuple[socket.socket, str]) -> None:
     listening, name = manager
     hour = Notifier({"NOTIFY_SOCKET": name, "WATCHDOG_USEC": "3600000000"})
+    assert hour.due_seconds() == 0
     hour.alive()
     hour.alive()
     assert received(listening) == ["WATCHDOG=1"]
+    assert 1790 < hour.due_seconds() <= 1800
     soon = Notifier({"NOTIFY_SOCKET": name, "WATCHDOG_USEC": "1"})
     soon.alive()
     time.sleep(0.001)
@@ -75,6 +78,7 @@ def test_without_a_manager_nothing_happens(environment: dict[str, str]) -> None:
     notifier = Notifier(environment)
     notifier.ready()
     notifier.alive()
+    assert notifier.due_seconds() == math.inf
     notifier.stopping()
 
 
