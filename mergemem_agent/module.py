@@ -17,7 +17,7 @@ import struct
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 import numpy as np
 
@@ -38,6 +38,7 @@ from mergemem_agent.netlink import (
     GenericNetlink,
     NetlinkFailure,
     Reply,
+    attributes_of,
     number_of,
     text_of,
 )
@@ -53,6 +54,11 @@ _SYSFS = Path("/sys/module/mergemem")
 
 _U32: Final = struct.Struct("=I")
 _U64: Final = struct.Struct("=Q")
+
+# The attribute of an address, and length and type of the one behind it.
+_RUN: Final = struct.Struct("=HHQHH")
+_ATTRIBUTE_BYTES: Final = 4
+_NO_RECORDS: Final = np.zeros(0, dtype=contract.RECORD)
 
 
 class ModuleFailure(MergememError):
@@ -101,8 +107,7 @@ _FAILURES: Final[dict[int, tuple[type[ModuleFailure], str]]] = {
 }
 
 
-@dataclass(frozen=True)
-class Run:
+class Run(NamedTuple):
     """Neighbouring pages from `address` on, as CHECKSUM saw them.
 
     Either `records` has one contract.RECORD per page and `refused_pages` is 0, or it is empty
@@ -206,10 +211,10 @@ class Module:
                 bitmap = np.packbits(full[first : first + count], bitorder="little").tobytes()
                 request.append((Attribute.FULL_PAGES, bitmap))
             try:
-                replies = self._netlink.dump(Command.CHECKSUM, request)
+                runs = self._netlink.dump(Command.CHECKSUM, request, _run)
             except NetlinkFailure as failure:
                 raise _translate(failure) from None
-            yield from map(_run, replies)
+            yield from runs
 
     def merge(
         self,
@@ -344,7 +349,16 @@ def _counters(fields: dict[str, Any]) -> Counters:
     return Counters(**fields, results={result: counts[result] for result in Result})
 
 
-def _run(reply: Reply) -> Run:
+def _run(attributes: memoryview) -> Run:
+    """Decode one of the many runs of a dump: in the order that the module has, or in any."""
+    if len(attributes) >= _RUN.size:
+        _, first, address, size, second = _RUN.unpack_from(attributes)
+        value = attributes[_RUN.size : _RUN.size + size - _ATTRIBUTE_BYTES]
+        if first == Attribute.ADDRESS and second == Attribute.RECORDS:
+            return Run(address, np.frombuffer(value, contract.RECORD), 0)
+        if first == Attribute.ADDRESS and second == Attribute.REFUSED:
+            return Run(address, _NO_RECORDS, number_of(value))
+    reply = attributes_of(attributes)
     return Run(
         address=_number(reply, Attribute.ADDRESS),
         records=_array(reply, Attribute.RECORDS, contract.RECORD),

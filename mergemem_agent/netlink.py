@@ -13,8 +13,8 @@ import os
 import socket
 import struct
 import sys
-from collections.abc import Iterable, Iterator, Mapping
-from typing import Final
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any, Final
 
 from mergemem_agent.error import MergememError
 
@@ -73,6 +73,17 @@ class FamilyMissing(MergememError):
     """No generic netlink family of this name is registered."""
 
 
+def attributes_of(payload: memoryview) -> Reply:
+    """Decode what follows the command of a message: attributes, and nothing copied."""
+    found = {}
+    offset = 0
+    while offset + _ATTRIBUTE.size <= len(payload):
+        length, number = _ATTRIBUTE.unpack_from(payload, offset)
+        found[number & NLA_TYPE_MASK] = payload[offset + _ATTRIBUTE.size : offset + length]
+        offset += (length + 3) & ~3
+    return found
+
+
 class GenericNetlink:
     """One socket, for use by one thread, bound to one generic netlink family."""
 
@@ -116,14 +127,21 @@ class GenericNetlink:
         replies = self._exchange(self._type, NLM_F_ACK, request)
         return replies[0] if replies else None
 
-    def dump(self, command: int, attributes: Attributes = ()) -> list[Reply]:
+    def dump(
+        self,
+        command: int,
+        attributes: Attributes = (),
+        decode: Callable[[memoryview], Any] = attributes_of,
+    ) -> list[Any]:
         """Send one dump request; return its replies in their order. Raises as do() does.
 
-        The dump is read to its end before anything is returned: one that is abandoned half way
-        would keep the socket busy. So ask for no more than you want to hold in memory.
+        Each is what `decode` makes of the attributes of one message: that is most of the work
+        where a dump has very many. The dump is read to its end before anything is returned: one
+        that is abandoned half way would keep the socket busy. So ask for no more than you want to
+        hold in memory.
         """
         request = payload_of(command, self._version, attributes)
-        return self._exchange(self._type, NLM_F_DUMP, request)
+        return self._exchange(self._type, NLM_F_DUMP, request, decode)
 
     def _find_family(self) -> int:
         name = (CTRL_ATTR_FAMILY_NAME, self.family.encode() + b"\0")
@@ -136,13 +154,19 @@ class GenericNetlink:
             raise FamilyMissing(f"generic netlink family {self.family} is not there") from None
         return number_of(reply[CTRL_ATTR_FAMILY_ID])
 
-    def _exchange(self, family: int, mode: int, request: bytes) -> list[Reply]:
+    def _exchange(
+        self,
+        family: int,
+        mode: int,
+        request: bytes,
+        decode: Callable[[memoryview], Any] = attributes_of,
+    ) -> list[Any]:
         """Send a request; return its replies once the kernel says that these were all."""
         self._sequence_number = (self._sequence_number + 1) & 0xFFFF_FFFF
         length = _MESSAGE.size + len(request)
         header = _MESSAGE.pack(length, family, NLM_F_REQUEST | mode, self._sequence_number, 0)
         self._socket.send(header + request)
-        replies: list[Reply] = []
+        replies: list[Any] = []
         while True:
             for kind, flags, sequence_number, payload in messages_of(self._receive()):
                 if sequence_number != self._sequence_number:
@@ -150,7 +174,7 @@ class GenericNetlink:
                 if kind in (NLMSG_ERROR, NLMSG_DONE):
                     _raise_failure(kind, flags, payload)
                     return replies
-                replies.append(attributes_of(payload[_COMMAND.size :]))
+                replies.append(decode(payload[_COMMAND.size :]))
 
     def _receive(self) -> bytes:
         try:
@@ -181,17 +205,6 @@ def messages_of(data: bytes) -> Iterator[tuple[int, int, int, memoryview]]:
         length, kind, flags, sequence_number, _ = _MESSAGE.unpack_from(data, offset)
         yield kind, flags, sequence_number, view[offset + _MESSAGE.size : offset + length]
         offset += (length + 3) & ~3
-
-
-def attributes_of(payload: memoryview) -> Reply:
-    """Decode what follows the command of a message: attributes, and nothing copied."""
-    found = {}
-    offset = 0
-    while offset + _ATTRIBUTE.size <= len(payload):
-        length, number = _ATTRIBUTE.unpack_from(payload, offset)
-        found[number & NLA_TYPE_MASK] = payload[offset + _ATTRIBUTE.size : offset + length]
-        offset += (length + 3) & ~3
-    return found
 
 
 def number_of(value: memoryview) -> int:
