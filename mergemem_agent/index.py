@@ -22,7 +22,8 @@ and a 64th of the pages, nominated, 8 bytes each. Sum: 9.6 n; the limit is 10 n.
 bytes more for each of their blocks, and 40 for each region: 0.1 n, or 0.2 n with folios of 64 KiB
 and less. `python -m tests.bench.index_memory` measures it.
 
-Time. 100 to 130 ns a page that is searched, where a quarter million are.
+Time. 100 to 130 ns a page that is searched, where a quarter million are. Where little is new, most
+words are left out at a glance: heads.py.
 """
 
 from __future__ import annotations
@@ -61,6 +62,7 @@ MIN_CHUNK_PAGES: Final = 8192
 # How many regions are joined to be searched at once: at most 256 KiB of words.
 _REGIONS_AT_ONCE: Final = 64
 _HIGHEST_BYTE, _LOWEST_BYTE = (7, 0) if sys.byteorder == "little" else (0, 7)
+_HIGHEST_PAIR = 3 if sys.byteorder == "little" else 0
 
 _U64 = np.uint64
 
@@ -80,6 +82,7 @@ def nominate(
     witness: Witness | None = None,
     marker: Marker | None = None,
     samples: bool = True,
+    heads: Array | None = None,
 ) -> Iterator[Array]:
     """Yield arrays of NOMINATED, each with whole groups, over all equal pages of one domain.
 
@@ -89,11 +92,12 @@ def nominate(
     Pages of huge pages are not nominated here, as one alone must not split a huge page. With a
     `witness` they are searched, too, and it is shown all groups that are worth a merge (huge.py).
     A `marker` is shown the pages that have to be read in full before they can be nominated;
-    without `samples` only those that were read in full once, which is much less to search.
+    without `samples` only those that were read in full once, which is much less to search. With
+    `heads` (Heads.table()), words of other heads are left out.
     """
     needed = 0 if marker and samples else DEEP if marker else SETTLED | MERGED
     places = _Places(processes)
-    pages = places.count(needed)
+    pages = places.count(needed, heads)
     share_bits = 1
     while share_bits < MAX_SHARE_BITS and MIN_CHUNK_PAGES << share_bits < pages:
         share_bits += 1
@@ -102,7 +106,7 @@ def nominate(
     chunk = _Chunk(max(MIN_CHUNK_PAGES, (pages >> share_bits) * 5 // 4))
     found = Nominations(max(MIN_HELD_PAGES, pages // 64), places.locate)
     for share in range(1 << share_bits):
-        for part in places.search(share, share_bits, needed, huge=witness is not None):
+        for part in places.search(share, share_bits, needed, witness is not None, heads):
             for words, place in chunk.fill(part):
                 found.add(*_found(words, place, share_bits, witness, marker, samples))
         if found.add(*_found(*chunk.take(), share_bits, witness, marker, samples)):
@@ -152,8 +156,12 @@ class _Places:
         )
         self._starts = np.cumsum([0, *(len(regions.rows) for regions in processes)])
 
-    def count(self, needed: int) -> int:
-        """Return how many words have one of the flags needed."""
+    def count(self, needed: int, heads: Array | None = None) -> int:
+        """Return how many words have one of the flags needed; or one of the `heads`, if given."""
+        if heads is not None:
+            return sum(
+                int(np.count_nonzero(heads.take(_heads_of(joined)))) for _, joined in self._joined()
+            )
         if not needed:
             return int(self._pages.sum(dtype=np.int64))
         return sum(
@@ -162,15 +170,21 @@ class _Places:
         )
 
     def search(
-        self, share: int, share_bits: int, needed: int, huge: bool
+        self, share: int, share_bits: int, needed: int, huge: bool, heads: Array | None = None
     ) -> Iterator[tuple[Array, Array]]:
-        """Yield the words of one share that have one of the flags needed, and their places."""
+        """Yield the words of one share that have one of the flags needed, and their places.
+
+        With `heads`, those of others are left out.
+        """
         usable = _usable(needed, huge)
         for first, joined in self._joined():
             words = np.frombuffer(joined, dtype=np.uint64)
             # Looking at one byte of each word is several times faster than at all eight.
-            heads = np.frombuffer(joined, dtype=np.uint8)[_HIGHEST_BYTE::8]
-            (positions,) = (heads >> np.uint8(8 - share_bits) == share).nonzero()
+            shares = np.frombuffer(joined, dtype=np.uint8)[_HIGHEST_BYTE::8]
+            in_share = shares >> np.uint8(8 - share_bits) == share
+            if heads is not None:
+                in_share &= heads.take(_heads_of(joined))
+            (positions,) = in_share.nonzero()
             found = words.take(positions)
             chosen = usable.take(found.astype(np.uint8))
             positions, found = positions[chosen], found[chosen]
@@ -190,6 +204,12 @@ class _Places:
         """Return the index of the process, and the number of the region, of each place."""
         places = places.astype(np.intp)
         return self._starts.searchsorted(places, side="right") - 1, self._numbers.take(places)
+
+
+def _heads_of(joined: bytes) -> Array:
+    """Return the head of each word, see heads.py."""
+    heads: Array = np.frombuffer(joined, dtype=np.uint16)[_HIGHEST_PAIR::4]
+    return heads
 
 
 def _usable(needed: int, huge: bool) -> Array:

@@ -4,20 +4,31 @@
 A pool is searched when an eighth of it is news, when some have been waiting for INDEX_SECONDS, or,
 while the search is cheap, as soon as none of its regions is due. News that promise less than the
 search costs wait for longer, until more comes or the search is cheap enough for what it is.
+
+Where little is new, a search is about that alone (heads.py). About everything it is again after
+ALL_SECONDS, since there are pages that could be merged and were not, for reasons that pass: the
+kernel was busy with them, or a cap was reached.
 """
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Final
+from dataclasses import dataclass, field
+from typing import Any, Final
 
+import numpy as np
+
+from mergemem_agent.heads import Heads
 from mergemem_agent.targets import Pool
+
+Array = np.ndarray[Any, np.dtype[Any]]
 
 INDEX_SECONDS: Final = 30.0
 CHEAP_INDEX_PAGES: Final = 65536
+ALL_SECONDS: Final = 60.0
 
 
 @dataclass
@@ -27,6 +38,8 @@ class _PoolNews:
     searched: float  # when the last search ended, or when there was news for the first time
     samples: int = 0  # by samples, which others may have
     deep: int = 0  # by full checksums
+    heads: Heads = field(default_factory=Heads)  # of both
+    searched_all: float = -math.inf  # when the last search began that was about everything
 
 
 class News:
@@ -40,11 +53,16 @@ class News:
         """Return how many pools are known, whether there is news of them or not."""
         return len(self._pools)
 
-    def add(self, pool: Pool, samples: int = 0, deep: int = 0) -> None:
-        """Take in how many pages of a pool are news: by their samples, and by full checksums."""
+    def add(self, pool: Pool, samples: int = 0, deep: int = 0, heads: Array | None = None) -> None:
+        """Take in how many pages of a pool are news: by their samples, and by full checksums.
+
+        `heads` are theirs; None: nobody knows.
+        """
         news = self._pools.setdefault(pool, _PoolNews(time.monotonic()))
         news.samples += samples
         news.deep += deep
+        if samples or deep:
+            news.heads.add(heads)
 
     def clear(self) -> None:
         """Forget all."""
@@ -85,15 +103,31 @@ class News:
         return found
 
     @contextmanager
-    def taken(self, pool: Pool, samples: bool) -> Iterator[None]:
-        """Count anew while a pool is searched; one that ends early leaves all of it as news."""
+    def taken(self, pool: Pool, samples: bool) -> Iterator[Array | None]:
+        """Count anew while a pool is searched; one that ends early leaves all of it as news.
+
+        Gives the heads that the search is about, as Heads.table() has them; None: everything.
+        """
         news = self._pools[pool]
-        before, deep_before = news.samples, news.deep
+        before, deep_before, heads = news.samples, news.deep, news.heads
         news.samples = news.deep = 0
+        news.heads = Heads()
+        now = time.monotonic()
+        table = heads.table() if now - news.searched_all < ALL_SECONDS else None
         try:
-            yield
+            yield table
         except BaseException:
-            self.add(pool, before, deep_before)
+            self._put_back(news, before, deep_before, heads)
             raise
-        self.add(pool, 0 if samples else before)
+        if not samples:
+            self._put_back(news, before, 0, heads)
+        if table is None:
+            news.searched_all = now
         news.searched = time.monotonic()
+
+    @staticmethod
+    def _put_back(news: _PoolNews, samples: int, deep: int, heads: Heads) -> None:
+        news.samples += samples
+        news.deep += deep
+        if samples or deep:
+            news.heads.add_all_of(heads)

@@ -62,11 +62,10 @@ class Slice:
     worth: bool = True  # what it is expected to cost
 
     def goes_with(self, other: Slice) -> bool:
-        """Tell whether one look does for both: of the same kind, in processes that share."""
+        """Tell whether one look does for both: in processes that share, and of like cost."""
         mine, yours = self.target, other.target
         return (
-            self.sampled is other.sampled
-            and self.straight is other.straight
+            self.straight is other.straight
             and self.worth is other.worth
             and mine.policy is yours.policy
             and mine.domain == yours.domain

@@ -261,7 +261,7 @@ class Pipeline:
         counts.checksummed += seen.checksummed
         counts.settled += seen.settled
         counts.broken += seen.broken
-        self._news.add(target.pool, seen.fresh, seen.deepened + seen.settled)
+        self._news.add(target.pool, seen.fresh, seen.deepened + seen.settled, seen.heads)
         self._zeros |= seen.settled_zero > 0
         for work in done:
             self.counts.flow.take(work.target.regions)
@@ -282,18 +282,22 @@ class Pipeline:
         memories = [target.regions for target in targets]
         partners = Partners(memories, [target.policy.settle_seconds for target in targets])
         caps = Caps(self.targets.policies, self.memory())
-        seconds = 0.0
+        seconds, merged = 0.0, False
         try:
-            with self._news.taken(pool, samples), self._keep_tables():
-                for request in search(memories, pool.rules, limits, partners, samples):
+            with self._news.taken(pool, samples) as heads, self._keep_tables():
+                for request in search(memories, pool.rules, limits, partners, samples, heads):
                     seconds += self._paid("index", targets[0])
                     self._pace()
                     self._merge_within(caps, module, targets, request)
+                    merged = True
                 seconds += self._paid("index", targets[0])
         finally:
             for regions in memories:
                 self.counts.flow.take(regions)
-        self.queue.costs.learn_search(seconds, sum(regions.pages for regions in memories))
+        if merged:
+            self.queue.learn_merged(pool)
+        if heads is None:
+            self.queue.costs.learn_search(seconds, sum(regions.pages for regions in memories))
         self._pace()
 
     def _replace_zeros(self, module: Module, limits: Limits) -> None:

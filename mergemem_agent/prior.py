@@ -6,7 +6,8 @@ Three figures, all of them measured while scanning:
     share      of the pages of a region, how many will be merged: as many as in its siblings, the
                regions of the same number in processes that share with it (fork, and programs that
                map the same files, put the same data at the same addresses); where there is none,
-               as many as in all regions of the pool
+               as many as in all regions of the pool. Regions whose pages have had no time to merge
+               yet tell nothing (schedule.have_shown())
     success    of the pages that are read in full for the first or for the second time, how many
                are merged in the end
     cost       in CPU seconds, Python's and the kernel's, of one region, of one page sampled, of one

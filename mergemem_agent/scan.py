@@ -25,7 +25,7 @@ from mergemem_agent.order import BATCH_REGIONS, SLICE_REGIONS, WORTH_PAGES, Plan
 from mergemem_agent.prior import Costs, Siblings, Success
 from mergemem_agent.procfs import Mapping, PermissionDenied, ProcessGone, ProcessId, ProcFs
 from mergemem_agent.region import REGION_SHIFT, Regions
-from mergemem_agent.schedule import NEGLECT_SECONDS
+from mergemem_agent.schedule import NEGLECT_SECONDS, have_shown
 from mergemem_agent.targets import Pool, Target, Targets
 from mergemem_agent.window import Look
 
@@ -170,8 +170,8 @@ class ScanQueue:
     ) -> list[Slice]:
         """Return slices that are due, of targets that are `ready`; none: nothing is.
 
-        All are of one kind, so that one look() does for them; they should take as much CPU time as
-        `seconds` allows their policy at most, but for the first.
+        One look() does for all of them; they should take as much CPU time as `seconds` allows their
+        policy at most, but for the first.
         """
         for _ in range(2):
             if self._plan is None or not len(self._plan) or time.monotonic() >= self._plan_ends:
@@ -227,12 +227,26 @@ class ScanQueue:
         regions = sum(work.count for work in done)
         self.costs.learn(cpu_seconds, regions, seen.sampled, seen.checksummed)
         self.success.learn(seen.deepened, seen.settled, 0)
-        tables = (work.target.regions.rows[work.first : work.first + work.count] for work in done)
-        rows = np.concatenate(list(tables))
-        told = rows[(rows["looks"] > 1) | (rows["merged"] > 0)]
-        if len(told):
-            pool = done[0].target.pool
-            self._siblings[pool].learn(told["number"], told["pages"], told["merged"])
+        tables = [
+            work.target.regions.rows[work.first : work.first + work.count]
+            for work in done
+            if work.sampled
+        ]
+        if not tables:
+            return
+        target, rows = done[0].target, np.concatenate(tables)
+        self._learn_shares(target.pool, rows[have_shown(rows, target.policy.settle_seconds)])
+
+    def learn_merged(self, pool: Pool) -> None:
+        """Let what has just merged in a pool speak for the same regions of processes to come."""
+        tables = [target.regions.rows for target in self._targets.pool(pool)]
+        rows = np.concatenate([rows[rows["merged"] > 0] for rows in tables])
+        # Where more is on its way than has merged, it is too early to tell.
+        self._learn_shares(pool, rows[rows["merged"] >= rows["first"] + rows["second"]])
+
+    def _learn_shares(self, pool: Pool, rows: Array) -> None:
+        if len(rows):
+            self._siblings[pool].learn(rows["number"], rows["pages"], rows["merged"])
 
     def due_in(self, pool: Pool) -> bool:
         """Tell whether processes that share have regions that are due, and will be looked at."""

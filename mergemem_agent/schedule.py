@@ -44,7 +44,8 @@ MAX_TICK_SECONDS: Final = 0.5
 _TICK_SHARE: Final = 1 / 4
 _LEAST_TICK_SECONDS: Final = 1e-3
 
-REVISIT: Final = 4.0
+# Hints tell of most that happens before.
+REVISIT: Final = 8.0
 BREAKAGE: Final = 0.05
 _MOST_RESTLESS: Final = 4.0
 _CALMER: Final = 0.25
@@ -81,6 +82,22 @@ def apart(rows: Array, now: float, settle: float) -> Array:
     return np.stack([rows["read"] <= before, told <= before], axis=1)
 
 
+def have_shown(rows: Array, settle: float) -> Array:
+    """Return which regions have shown how much of them merges, just after samples were taken.
+
+    Those of which half has merged, and those in which no page is on its way: none has a partner,
+    none was just read in full, which may have got one without anybody having searched, and there
+    was no change after calm. Memory that changes at each look is never calm, and has shown it.
+    """
+    own = settle_of(rows, settle)
+    on_its_way = (rows["first"] > 0) | (rows["second"] > 0)
+    on_its_way |= rows["sampled"] - rows["read"] <= own
+    on_its_way |= rows["changed"] & (rows["interval"] * CLOCK_TOLERANCE <= own * REVISIT)
+    half = (rows["merged"] > 0) & (rows["merged"] * 2 >= rows["pages"])
+    shown: Array = half | ~on_its_way
+    return shown
+
+
 def after_movement(rows: Array, again: Array, differ: Array) -> None:
     """Give regions more time in which many pages `differ`, of those that were read `again`."""
     moving = differ > np.maximum(BREAKAGE * again, _FEW_PAGES)
@@ -94,35 +111,47 @@ def after_look(
     merged_before: Array,
     now: float,
     settle: float,
-    sampled: bool,
+    sampled: Array,
 ) -> None:
-    """Say when to look at each region next; the arguments count pages."""
+    """Say when to look at each region next; `sampled` tells of which ones samples were taken.
+
+    The other arrays count pages.
+    """
     often = broken > BREAKAGE * merged_before
     calmer = np.maximum(rows["restless"] - _CALMER, 0)
     calm = np.where(merged_before > 0, calmer, rows["restless"])
     rows["restless"] = np.where(often, np.minimum(rows["restless"] + 1, _MOST_RESTLESS), calm)
 
     own = settle_of(rows, settle)
-    if sampled:
-        new = rows["looks"] == 0
-        start_over = new | ((changed > 0) & ~rows["changed"])
-        least = np.maximum(own * REVISIT, _MIN_INTERVAL_SECONDS)
-        doubled = np.minimum(rows["interval"] * 2, np.maximum(MAX_INTERVAL_SECONDS, least))
-        rows["interval"] = np.where(start_over, least, np.maximum(doubled, least))
-        rows["changed"] = (changed > 0) | new
-        average = rows["news"] + (changed - rows["news"]) * _NEWS_DECAY
-        # The first look finds everything new, which tells nothing of what comes after it.
-        told = np.where(rows["news"] == NEWS_UNKNOWN, changed, average)
-        rows["news"] = np.where(new, NEWS_UNKNOWN, told)
-        rows["sampled"] = now
-        rows["sample"] = now + rows["interval"].astype(np.float64)
-        rows["hinted"] = 0
-    else:
+    if sampled.any():
+        _after_samples(rows, changed, now, own, sampled)
+    if not sampled.all():
         # Pages that came meanwhile are worth a sample, unless they are zeros that nobody wants.
-        sooner = np.where(changed > rows["zero"], now + own, _NEVER)
+        sooner = np.where(~sampled & (changed > rows["zero"]), now + own, _NEVER)
         rows["sample"] = np.minimum(rows["sample"], sooner)
     rows["looks"] += 1
     _set_due(rows, now, settle)
+
+
+def _after_samples(rows: Array, changed: Array, now: float, own: Array, sampled: Array) -> None:
+    """Say when to take samples again, where they were taken."""
+    new = rows["looks"] == 0
+    start_over = new | ((changed > 0) & ~rows["changed"])
+    least = np.maximum(own * REVISIT, _MIN_INTERVAL_SECONDS)
+    doubled = np.minimum(rows["interval"] * 2, np.maximum(MAX_INTERVAL_SECONDS, least))
+    interval = np.where(start_over, least, np.maximum(doubled, least))
+    average = rows["news"] + (changed - rows["news"]) * _NEWS_DECAY
+    # The first look finds everything new, which tells nothing of what comes after it.
+    told = np.where(rows["news"] == NEWS_UNKNOWN, changed, average)
+    for name, value in (
+        ("interval", interval),
+        ("sample", now + interval.astype(np.float64)),
+        ("changed", (changed > 0) | new),
+        ("news", np.where(new, NEWS_UNKNOWN, told)),
+        ("sampled", now),
+        ("hinted", 0),
+    ):
+        np.copyto(rows[name], value, where=sampled, casting="unsafe")
 
 
 def after_hint(rows: Array, now: float, settle: float, breaks: bool) -> bool:

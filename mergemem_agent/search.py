@@ -79,16 +79,20 @@ def search(
     limits: Limits,
     partners: Partners | None = None,
     samples: bool = True,
+    heads: Array | None = None,
 ) -> Iterator[Request]:
     """Yield requests for all equal pages of processes that may share under the same rules.
 
     Each is made when it is asked for. Between two of them pages may be marked, but regions must
     neither come nor go. Without `partners`, only what has settled is searched; without `samples`,
-    only pages that were read in full.
+    only pages that were read in full; with `heads` (Heads.table()), only those that have one of
+    them, unless huge pages are to be split, which takes all there is to know of them.
     """
     tally = HugeTally(processes) if rules.split_percent else None
     marker = partners.add if partners else None
-    for nominated in nominate(processes, tally.show if tally else None, marker, samples):
+    for nominated in nominate(
+        processes, tally.show if tally else None, marker, samples, None if tally else heads
+    ):
         yield from requests(nominated, limits.max_candidates, limits.max_processes)
     if partners:
         partners.flush()

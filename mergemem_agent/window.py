@@ -9,13 +9,14 @@ Python as one at sixty regions.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Final
 
 import numpy as np
 
 from mergemem_agent import schedule
 from mergemem_agent.contract import PAGE_BYTES, RECORD
+from mergemem_agent.heads import heads_of
 from mergemem_agent.look import ORDINARY, Seen, Wanted, compare
 from mergemem_agent.region import REGION_PAGES, STAGES, Regions
 from mergemem_agent.schedule import NEGLECT_SECONDS
@@ -89,6 +90,8 @@ class Look:
     broken: int  # that were merged, and are no more
     zero: int
     huge: int
+    # Of what is worth a search; None: too many to tell.
+    heads: Array | None = field(default=None, compare=False)
 
 
 class Window:
@@ -124,20 +127,21 @@ class Window:
         max_mappings: int,
         wanted: Wanted = ORDINARY,
         full: Array | None = None,
-        sampled: bool = True,
+        sampled: Array | bool = True,
     ) -> Look:
         """Take in what the kernel saw, once.
 
         `records` has 512 contract.RECORD for each region, all zero where nothing is mapped; `full`
         a bool for each, which tells what was to be read in full (None: all of it). Of the others a
-        sample was taken, if `sampled`.
+        sample was taken where the region is `sampled`.
         """
         rows, shape = self.rows, (len(self.rows), REGION_PAGES)
         records = records.reshape(shape)
         asked = np.ones(shape, dtype=np.bool_) if full is None else full.reshape(shape)
         schedule.after_movement(rows, *self._movement(records, asked))
         apart = schedule.apart(rows, now, settle)
-        doubtful = self._doubtful(now) if sampled else None
+        sampled = np.broadcast_to(np.asarray(sampled), len(rows))
+        doubtful = self._doubtful(now, sampled)
         before = self._words
         if doubtful is not None:
             doubtful &= ~asked
@@ -153,9 +157,9 @@ class Window:
         if seen.any_deep:
             rows["read"][seen.deep.any(axis=1)] = now
         # What was merged by others, and is known only now, is no change.
-        news = seen.unseen
-        if sampled:
-            news = seen.fresh & ~seen.merged if seen.any_merged else seen.fresh
+        news = seen.fresh & ~seen.merged if seen.any_merged else seen.fresh
+        if not sampled.all():
+            news = np.where(sampled[:, np.newaxis], news, seen.unseen)
         changed, broken = _by_region(news), _by_region(seen.broken)
         schedule.after_look(rows, changed, broken, merged_before, now, settle, sampled)
         self._store(seen.words)
@@ -170,15 +174,16 @@ class Window:
             broken=int(broken.sum()),
             zero=int(rows["zero"].sum()),
             huge=int(rows["huge"].sum()),
+            heads=heads_of(seen.words[searched | seen.deep]),
         )
 
-    def _doubtful(self, now: float) -> Array | None:
+    def _doubtful(self, now: float, sampled: Array) -> Array | None:
         """Return which pages may not be what they were when they were read in full; None: none.
 
         What is written to a page beside its sample is not seen, and nobody reads pages in full
         again that stayed alone. So after a while such pages may have become equal to others.
         """
-        overdue = now - self.rows["doubted"] >= DOUBT_SECONDS
+        overdue = sampled & (now - self.rows["doubted"] >= DOUBT_SECONDS)
         if not overdue.any():
             return None
         self.rows["doubted"] = np.where(overdue, now, self.rows["doubted"])
@@ -253,11 +258,11 @@ def _by_region(pages: Array) -> Array:
     return counts
 
 
-def _account(rows: Array, records: Array, seen: Seen, sampled: bool) -> None:
+def _account(rows: Array, records: Array, seen: Seen, sampled: Array) -> None:
     rows["huge"] = _by_region(seen.huge) if seen.any_huge else 0
     rows["order"] = np.where(seen.huge, records["order"], 0).max(axis=1) if seen.any_huge else 0
-    if sampled:
-        rows["zero"] = _by_region(seen.zero) if seen.any_zero else 0
+    zero = _by_region(seen.zero) if seen.any_zero else 0
+    rows["zero"] = np.where(sampled, zero, rows["zero"])
     rows["saved_bytes"] = 0
     if seen.any_merged:
         map_counts = np.maximum(records["map_count"], 1)

@@ -11,6 +11,7 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from mergemem_agent.heads import Heads
 from mergemem_agent.index import nominate
 from mergemem_agent.region import Regions
 from mergemem_agent.word import (
@@ -43,7 +44,7 @@ WORDS: Final = st.lists(
             | map_count << MAP_COUNT_SHIFT
             | flags
         ),
-        st.sampled_from([0, 1, 2, 1 << 27]),
+        st.sampled_from([0, 1, 2, 1 << 13, 1 << 27]),
         st.integers(0, 1),
         st.sampled_from([1, 1, 1, 2, 255]),
         st.sampled_from(FLAGS) | st.sampled_from([0, DEEP, DEEP | SETTLED]),
@@ -77,19 +78,28 @@ def pages_of(words: list[int], chosen: set[int]) -> set[int]:
 
 
 @settings(max_examples=300)
-@given(WORDS, st.booleans())
-def test_pages_are_marked_and_nominated_as_the_model_says(words: list[int], samples: bool) -> None:
+@given(WORDS, st.booleans(), st.none() | st.sets(st.sampled_from([0, 1 << 1, 1 << 15])))
+def test_pages_are_marked_and_nominated_as_the_model_says(
+    words: list[int], samples: bool, few: set[int] | None
+) -> None:
     words = [word | page << PAGE_SHIFT for page, word in enumerate(words)]
     regions = Regions()
     regions.replace(np.array([7], dtype=np.uint64))
     regions.words[0] = bytearray(np.array(words, dtype=np.uint64).tobytes())
     regions.rows["pages"] = len(words)
     marked: list[int] = []
-    groups: list[Array] = list(
-        nominate([regions], None, lambda found, _: marked.extend(page_of(found).tolist()), samples)
-    )
+    heads = Heads()
+    heads.add(None if few is None else np.array(sorted(few), dtype=np.uint16))
+
+    def mark(found: Array, place: Array) -> None:
+        del place
+        marked.extend(page_of(found).tolist())
+
+    groups: list[Array] = list(nominate([regions], None, mark, samples, heads.table()))
 
     usable = [w for w in words if not w & (ZERO | HUGE) and w & (MERGED | DEEP) != MERGED]
+    if few is not None:
+        usable = [word for word in usable if word >> 48 in few]
     deep = [word for word in usable if word & DEEP]
     told = [word for word in deep if word & (SETTLED | MERGED)]
     by_sample, in_full = hopeful(usable, lambda w: w >> SAMPLE_SHIFT), hopeful(deep, checksum)

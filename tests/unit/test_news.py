@@ -3,10 +3,11 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 
 from mergemem_agent import news
-from mergemem_agent.news import CHEAP_INDEX_PAGES, INDEX_SECONDS, News
+from mergemem_agent.news import ALL_SECONDS, CHEAP_INDEX_PAGES, INDEX_SECONDS, News
 from mergemem_agent.policy import Policy, Selector
 from mergemem_agent.targets import Pool
 
@@ -115,3 +116,58 @@ def test_a_search_that_ends_early_uses_up_nothing(clock: Clock) -> None:
     with pytest.raises(KeyboardInterrupt):
         search()
     assert searches(found, MANY) == [(POOL, True)]
+
+
+SOME = np.array([7, 9], dtype=np.uint16)
+
+
+def heads_taken(found: News, samples: bool = True) -> list[int] | None:
+    with found.taken(POOL, samples) as heads:
+        return None if heads is None else np.flatnonzero(heads).tolist()
+
+
+def test_a_search_is_about_what_is_new(clock: Clock) -> None:
+    found = News()
+    found.add(POOL, samples=1, heads=SOME)
+    assert heads_taken(found) is None, "the first is about everything"
+    found.add(POOL, samples=2, heads=SOME)
+    found.add(POOL, deep=2, heads=SOME + 1)
+    assert heads_taken(found) == [7, 8, 9, 10]
+    found.add(POOL, deep=1, heads=SOME)
+    assert heads_taken(found) == [7, 9]
+    clock.now += ALL_SECONDS
+    found.add(POOL, samples=1, heads=SOME)
+    assert heads_taken(found) is None, "what was left out is not for ever"
+    found.add(POOL, samples=1, heads=SOME)
+    found.add(POOL, deep=1)
+    assert heads_taken(found) is None, "nobody knows what is new"
+
+
+def test_a_search_among_what_was_read_in_full_leaves_samples_new(clock: Clock) -> None:
+    del clock
+    found = News()
+    found.add(POOL, samples=1)
+    heads_taken(found)
+    found.add(POOL, samples=1, heads=SOME)
+    found.add(POOL, deep=1, heads=SOME + 1)
+    assert heads_taken(found, samples=False) == [7, 8, 9, 10]
+    found.add(POOL, deep=1, heads=SOME + 2)
+    assert heads_taken(found) == [7, 8, 9, 10, 11]
+    assert heads_taken(found) == []
+
+
+def test_a_search_that_ends_early_leaves_its_heads(clock: Clock) -> None:
+    del clock
+    found = News()
+    found.add(POOL, samples=1)
+    heads_taken(found)
+    found.add(POOL, samples=1, heads=SOME)
+
+    def search() -> None:
+        with found.taken(POOL, samples=True):
+            found.add(POOL, samples=1, heads=SOME + 2)
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        search()
+    assert heads_taken(found) == [7, 9, 11]

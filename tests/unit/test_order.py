@@ -138,10 +138,14 @@ def test_what_is_not_worth_it_is_left_out_at_once() -> None:
     assert not plan.drop_unworthy()
 
 
+# One region, of which samples were taken.
+EVERYWHERE = np.ones(1, dtype=np.bool_)
+
+
 def look(rows: Array, changed: int, broken: int = 0, merged_before: int = 0) -> None:
     """Take in one look at samples of a region's pages."""
     pages = np.array([[changed], [broken], [merged_before]])
-    schedule.after_look(rows, pages[0], pages[1], pages[2], NOW, 10.0, sampled=True)
+    schedule.after_look(rows, pages[0], pages[1], pages[2], NOW, 10.0, EVERYWHERE)
 
 
 def test_only_what_promises_enough_is_read_in_full_at_once() -> None:
@@ -316,8 +320,8 @@ def test_times_keep_their_precision() -> None:
     rows = np.zeros(1, dtype=ROW)
     now = 1e8 + 0.25
     zero = np.zeros(1, dtype=np.intp)
-    schedule.after_look(rows, zero, zero, zero, now, 0.5, sampled=True)
-    assert rows["sample"][0] == now + 2.0
+    schedule.after_look(rows, zero, zero, zero, now, 0.5, EVERYWHERE)
+    assert rows["sample"][0] == now + 0.5 * schedule.REVISIT
     rows["read"] = now
     assert not schedule.apart(rows, now + 0.25, 0.5).any()
     assert schedule.apart(rows, now + 0.5, 0.5).all()

@@ -222,7 +222,7 @@ def test_a_batch_is_of_one_domain(sleepers: list[subprocess.Popen[bytes]]) -> No
     assert sorted(domains, key=min) == sorted([{"its own"}, {other.domain}], key=min)
 
 
-def test_samples_and_full_checksums_are_taken_apart(
+def test_samples_and_full_checksums_are_taken_in_one_look(
     sleepers: list[subprocess.Popen[bytes]],
 ) -> None:
     targets = Targets(SLEEPERS, ProcFs())
@@ -234,10 +234,11 @@ def test_samples_and_full_checksums_are_taken_apart(
     rows["sample"][1::2] = time.monotonic() + 1000
     rows["looks"] = 1
     rows["first"] = rows["pages"] = 100
-    sampled = [{work.sampled for work in batch} for batch in batches(queue)]
-    assert len(sampled) == 2
-    assert {True} in sampled
-    assert {False} in sampled
+    sampled = rows["sample"] <= time.monotonic()
+    (batch,) = batches(queue)
+    for work in batch:
+        assert {work.sampled} == set(sampled[work.first : work.first + work.count].tolist())
+    assert {work.sampled for work in batch} == {True, False}
 
 
 def test_looks_that_promise_nothing_take_a_small_share(

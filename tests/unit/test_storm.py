@@ -11,6 +11,7 @@ import numpy as np
 
 from mergemem_agent.contract import DEPTH_FULL_BYTES, DEPTH_SAMPLE_BYTES
 from mergemem_agent.pipeline import Pipeline
+from mergemem_agent.prior import _ASSUMED_SHARE
 from mergemem_agent.region import REGION_PAGES
 from mergemem_agent.word import Stage
 from tests.unit.synthetic import Host, policy
@@ -82,14 +83,44 @@ def test_a_new_worker_whose_siblings_merged_well_is_read_in_full_at_once() -> No
     pipeline = host.pipeline(policy(0.05))
     merge_all(host, pipeline)
     assert (host.read[DEPTH_SAMPLE_BYTES], host.read[DEPTH_FULL_BYTES]) == (3 * pages, 6 * pages)
-    # Their next look tells that they have merged; then a worker comes that is like them.
-    for target in pipeline.targets:
-        target.regions.rows["sample"] = 0.0
-        target.regions.schedule(time.monotonic(), 0.05)
-    sync_and_round(host, pipeline)
+    # Then a worker comes that is like them.
     host.start(4, np.arange(1, pages + 1))
     merge_all(host, pipeline)
     assert (host.read[DEPTH_SAMPLE_BYTES], host.read[DEPTH_FULL_BYTES]) == (3 * pages, 8 * pages)
+
+
+def test_pages_that_are_on_their_way_do_not_speak_against_their_siblings() -> None:
+    """What has had no time to merge yet must not have the same regions of others look worthless."""
+    host = Host()
+    for pid in (1, 2):
+        host.start(pid, np.arange(1, REGION_PAGES + 1))
+    pipeline = host.pipeline(policy(SETTLE_SECONDS))
+    for _ in range(5):
+        sync_and_round(host, pipeline)
+        for target in pipeline.targets:  # as after a hint
+            target.regions.rows["sample"] = 0.0
+            target.regions.schedule(time.monotonic(), SETTLE_SECONDS)
+    assert host.read[DEPTH_FULL_BYTES] == 2 * REGION_PAGES
+    for target in pipeline.targets:
+        siblings = pipeline.queue._siblings[target.pool]
+        assert min(siblings.share(target.regions.rows["number"])) >= 0.99 * _ASSUMED_SHARE
+
+
+def test_memory_that_always_changes_speaks_against_its_siblings() -> None:
+    """It never comes to rest, and has shown all the same that nothing of it merges."""
+    host = Host()
+    host.start(1, np.arange(1, REGION_PAGES + 1))
+    pipeline = host.pipeline(policy(0.01))
+    (memory,) = host.memories.values()
+    for change in range(6):
+        memory.contents[7] = 10_000 + change
+        sync_and_round(host, pipeline)
+        for target in pipeline.targets:  # as after a hint
+            target.regions.rows["sample"] = 0.0
+            target.regions.schedule(time.monotonic(), 0.01)
+    (target,) = pipeline.targets
+    siblings = pipeline.queue._siblings[target.pool]
+    assert max(siblings.share(target.regions.rows["number"])) < 0.5 * _ASSUMED_SHARE
 
 
 def calls(work: list[int], host: Host, pipeline: Pipeline) -> int:
