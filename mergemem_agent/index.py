@@ -14,13 +14,13 @@ full; pages with the same full checksum, which are to be read once more; and tho
 were the same, which are nominated.
 
 Memory. All words of n pages are 8 n bytes and stay where they are (8.3 n with all that goes with
-them). A chunk is a 128th of them, or 8,192 pages where that is more. While it is worked on it takes
-12 bytes a page for words and places, 8 for the keys, 80 for counting them by their first bits, and
-after that up to 130 for what becomes of them when each page is in a group: 150 / 128 = 1.2 bytes;
-and a 64th of the pages, nominated, 8 bytes each. Sum: 9.6 n; the limit is 10 n. 64 GiB of memory in
-4 KiB pages take 161 MB at most. Where huge pages are to be split, their tally (huge.py) takes 2
-bytes more for each of their blocks, and 40 for each region: 0.1 n, or 0.2 n with folios of 64 KiB
-and less. `python -m tests.bench.index_memory` measures it.
+them). A chunk is a 128th of them, or 8,192 pages where that is more. While it is worked on it
+takes 12 bytes a page for words and places, 8 for the keys, 80 for counting them by their first
+bits, and after that up to 130 for what becomes of them when each page is in a group: 150 / 128 =
+1.2 bytes; and a 64th of the pages, nominated, 8 bytes each. Sum: 9.6 n; the limit is 10 n. 64 GiB
+of memory in 4 KiB pages take 161 MB at most. Where huge pages are to be split, their tally
+(huge.py) takes 2 bytes more for each of their blocks, and 40 for each region: 0.1 n, or 0.2 n with
+folios of 64 KiB and less. `python -m tests.bench.index_memory` measures it.
 
 Time. 100 to 130 ns a page that is searched, where a quarter million are. Where little is new, most
 words are left out at a glance: heads.py.
@@ -58,6 +58,8 @@ Array = np.ndarray[Any, np.dtype[Any]]
 
 MAX_SHARE_BITS: Final = 7
 MIN_CHUNK_PAGES: Final = 8192
+# Of so few pages a chunk is twice as large: that takes less time, and no memory to speak of.
+SMALL_POOL_PAGES: Final = 1 << 17
 
 # How many regions are joined to be searched at once: at most 256 KiB of words.
 _REGIONS_AT_ONCE: Final = 64
@@ -99,11 +101,12 @@ def nominate(
     places = _Places(processes)
     pages = places.count(needed, heads)
     share_bits = 1
-    while share_bits < MAX_SHARE_BITS and MIN_CHUNK_PAGES << share_bits < pages:
+    least = MIN_CHUNK_PAGES * (2 if pages <= SMALL_POOL_PAGES else 1)
+    while share_bits < MAX_SHARE_BITS and least << share_bits < pages:
         share_bits += 1
     # Checksums are spread evenly, so a chunk is full only where many pages hold the same. What
     # does not fit goes into a chunk of its own, and its pages get an anchor of their own.
-    chunk = _Chunk(max(MIN_CHUNK_PAGES, (pages >> share_bits) * 5 // 4))
+    chunk = _Chunk(max(least, (pages >> share_bits) * 5 // 4))
     found = Nominations(max(MIN_HELD_PAGES, pages // 64), places.locate)
     for share in range(1 << share_bits):
         for part in places.search(share, share_bits, needed, witness is not None, heads):
@@ -181,10 +184,9 @@ class _Places:
             words = np.frombuffer(joined, dtype=np.uint64)
             # Looking at one byte of each word is several times faster than at all eight.
             shares = np.frombuffer(joined, dtype=np.uint8)[_HIGHEST_BYTE::8]
-            in_share = shares >> np.uint8(8 - share_bits) == share
+            (positions,) = (shares >> np.uint8(8 - share_bits) == share).nonzero()
             if heads is not None:
-                in_share &= heads.take(_heads_of(joined))
-            (positions,) = in_share.nonzero()
+                positions = positions[heads.take(_heads_of(joined).take(positions))]
             found = words.take(positions)
             chosen = usable.take(found.astype(np.uint8))
             positions, found = positions[chosen], found[chosen]

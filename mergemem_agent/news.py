@@ -5,9 +5,10 @@ A pool is searched when an eighth of it is news, when some have been waiting for
 while the search is cheap, as soon as none of its regions is due. News that promise less than the
 search costs wait for longer, until more comes or the search is cheap enough for what it is.
 
-Where little is new, a search is about that alone (heads.py). About everything it is again after
-ALL_SECONDS, since there are pages that could be merged and were not, for reasons that pass: the
-kernel was busy with them, or a cap was reached.
+Where little is new, a search is about that alone (heads.py). After one of these, or where requests
+were not carried out, one about everything is owed, ALL_SECONDS after the last: there are pages that
+could be merged and were not, for reasons that pass. The kernel was busy with them, a cap was
+reached, or so many others shared them that merging would have freed nothing.
 """
 
 from __future__ import annotations
@@ -39,7 +40,9 @@ class _PoolNews:
     samples: int = 0  # by samples, which others may have
     deep: int = 0  # by full checksums
     heads: Heads = field(default_factory=Heads)  # of both
+    owed: bool = False  # a search about everything, if there are no news by then, too
     searched_all: float = -math.inf  # when the last search began that was about everything
+    searched_deep: float = -math.inf  # ... or about all that was read in full
 
 
 class News:
@@ -63,6 +66,10 @@ class News:
         news.deep += deep
         if samples or deep:
             news.heads.add(heads)
+
+    def owe(self, pool: Pool) -> None:
+        """Have a pool searched once more, though nothing may be new."""
+        self._pools.setdefault(pool, _PoolNews(time.monotonic())).owed = True
 
     def clear(self) -> None:
         """Forget all."""
@@ -94,9 +101,14 @@ class News:
             cheap = pages[pool] <= fresh * 256 + CHEAP_INDEX_PAGES
             return cheap and not rest and not due_in(pool)
 
+        def is_owed(pool: Pool, news: _PoolNews) -> bool:
+            if not news.owed or now - news.searched_all < ALL_SECONDS:
+                return False
+            return now - news.searched >= rest_seconds(pages[pool], 0)
+
         found = []
         for pool, news in self._pools.items():
-            if is_enough(pool, news.samples):
+            if is_enough(pool, news.samples) or is_owed(pool, news):
                 found.append((pool, True))
             elif is_enough(pool, news.deep):
                 found.append((pool, False))
@@ -113,16 +125,21 @@ class News:
         news.samples = news.deep = 0
         news.heads = Heads()
         now = time.monotonic()
-        table = heads.table() if now - news.searched_all < ALL_SECONDS else None
+        all_before = news.searched_all if samples else max(news.searched_all, news.searched_deep)
+        table = heads.table() if now - all_before < ALL_SECONDS else None
+        owed, news.owed = news.owed, table is not None
         try:
             yield table
         except BaseException:
             self._put_back(news, before, deep_before, heads)
+            news.owed |= owed
             raise
         if not samples:
             self._put_back(news, before, 0, heads)
-        if table is None:
+        if table is None and samples:
             news.searched_all = now
+        elif table is None:
+            news.searched_deep, news.owed = now, news.owed or owed
         news.searched = time.monotonic()
 
     @staticmethod

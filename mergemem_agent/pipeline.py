@@ -282,21 +282,19 @@ class Pipeline:
         memories = [target.regions for target in targets]
         partners = Partners(memories, [target.policy.settle_seconds for target in targets])
         caps = Caps(self.targets.policies, self.memory())
-        seconds, merged = 0.0, False
+        seconds, merged = 0.0, [regions.rows["merged"].copy() for regions in memories]
         try:
             with self._news.taken(pool, samples) as heads, self._keep_tables():
                 for request in search(memories, pool.rules, limits, partners, samples, heads):
                     seconds += self._paid("index", targets[0])
                     self._pace()
                     self._merge_within(caps, module, targets, request)
-                    merged = True
+                self.queue.learn_merged(pool, memories, merged)
                 seconds += self._paid("index", targets[0])
         finally:
             for regions in memories:
                 self.counts.flow.take(regions)
-        if merged:
-            self.queue.learn_merged(pool)
-        if heads is None:
+        if heads is None or pool.rules.split_percent is not None:
             self.queue.costs.learn_search(seconds, sum(regions.pages for regions in memories))
         self._pace()
 
@@ -320,6 +318,7 @@ class Pipeline:
         for name, pages in capped.items():
             self.counts.policy(name).capped += pages
         if capped:
+            self._news.owe(targets[0].pool)
             if not allowed.any():
                 return
             request = request.only(allowed)
@@ -346,6 +345,7 @@ class Pipeline:
         except (ModuleMissing, PermissionDenied):
             raise
         except ModuleFailure as failure:
+            self._news.owe(named[0].pool)
             self._failed("merge", f"a merge request was refused: {failure.message}")
         else:
             outcome.count(self.counts, targets, request, results)
@@ -365,6 +365,7 @@ class Pipeline:
         if any(counts[result] for result in GONE):
             self._synced = -float("inf")  # /proc tells who is gone
         if counts[Result.NOMEM]:
+            self._news.owe(targets[0].pool)
             self._no_memory_until = time.monotonic() + self._no_memory_seconds
             self._no_memory_seconds = min(self._no_memory_seconds * 2, NOMEM_MAX_SECONDS)
         elif counts[Result.SUCCESS]:

@@ -49,12 +49,17 @@ class Siblings:
         self._merged: Array = np.zeros(_SIBLINGS)
         self._all_pages, self._all_merged = _ASSUMED_PAGES, _ASSUMED_PAGES * _ASSUMED_SHARE
 
-    def learn(self, numbers: Array, pages: Array, merged: Array) -> None:
-        """Take in what regions have: their numbers, how many pages, how many of these merged."""
+    def learn(self, numbers: Array, pages: Array, merged: Array, average: bool = True) -> None:
+        """Take in what regions have: their numbers, how many pages, how many of these merged.
+
+        Without `average` they count for their own numbers alone.
+        """
         places = _places(numbers)
         kept = np.power(_DECAY, np.bincount(places, minlength=_SIBLINGS))
         self._pages = self._pages * kept + np.bincount(places, pages, _SIBLINGS)
         self._merged = self._merged * kept + np.bincount(places, merged, _SIBLINGS)
+        if not average:
+            return
         # The pool's average forgets by pages, as it is made of many regions.
         pages_now, merged_now = float(pages.sum()), float(merged.sum())
         keep = max(0.0, 1.0 - pages_now / (1 << 18))

@@ -237,16 +237,26 @@ class ScanQueue:
         target, rows = done[0].target, np.concatenate(tables)
         self._learn_shares(target.pool, rows[have_shown(rows, target.policy.settle_seconds)])
 
-    def learn_merged(self, pool: Pool) -> None:
-        """Let what has just merged in a pool speak for the same regions of processes to come."""
-        tables = [target.regions.rows for target in self._targets.pool(pool)]
-        rows = np.concatenate([rows[rows["merged"] > 0] for rows in tables])
-        # Where more is on its way than has merged, it is too early to tell.
-        self._learn_shares(pool, rows[rows["merged"] >= rows["first"] + rows["second"]])
+    def learn_merged(
+        self, pool: Pool, memories: Sequence[Regions], before: Sequence[Array]
+    ) -> None:
+        """Let regions in which pages have just merged speak for the same ones of others to come.
 
-    def _learn_shares(self, pool: Pool, rows: Array) -> None:
+        And those of the same number in which none have; `before` tells how many pages each region
+        had merged. For the average of the pool they do not speak: these are chosen ones.
+        """
+        pairs = list(zip(memories, before, strict=True))
+        gained = [one.rows["number"][one.rows["merged"] > merged] for one, merged in pairs]
+        numbers = np.unique(np.concatenate(gained)) if gained else ()
+        if not len(numbers) or not self._targets.pool(pool):
+            return
+        rows = np.concatenate([one.rows[np.isin(one.rows["number"], numbers)] for one in memories])
+        rows = rows[(rows["looks"] > 0) & (rows["first"] == 0) & (rows["second"] == 0)]
+        self._learn_shares(pool, rows, average=False)
+
+    def _learn_shares(self, pool: Pool, rows: Array, average: bool = True) -> None:
         if len(rows):
-            self._siblings[pool].learn(rows["number"], rows["pages"], rows["merged"])
+            self._siblings[pool].learn(rows["number"], rows["pages"], rows["merged"], average)
 
     def due_in(self, pool: Pool) -> bool:
         """Tell whether processes that share have regions that are due, and will be looked at."""

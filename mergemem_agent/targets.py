@@ -29,6 +29,8 @@ from mergemem_agent.region import Regions
 
 RECHECK_SECONDS: Final = 60.0
 RECHECK_FIRST_SECONDS: Final = 1.0
+# It has no memory to merge; by an exec it becomes a program like others, of which events tell.
+KERNEL_THREAD_SECONDS: Final = 600.0
 
 # The kernel would only refuse it again: not dumpable, or a security module objects.
 REFUSED_SECONDS: Final = 300.0
@@ -214,6 +216,8 @@ class Targets:
             return False
         identity = process.id
         wait = min(max(process.age_seconds, RECHECK_FIRST_SECONDS), RECHECK_SECONDS)
+        if process.kernel_thread:
+            wait = KERNEL_THREAD_SECONDS
         self._recheck[identity] = now + wait
         known = self._targets.get(identity)
         if known and executed:

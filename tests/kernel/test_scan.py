@@ -32,7 +32,7 @@ from tests.kernel.wire import Client
 UNIQUE, COMMON, JOINED = 600, 200, 100
 WINDOW_PAGES = 1024
 WINDOW_BYTES = WINDOW_PAGES * PAGE_BYTES
-# The first samples are taken again after four times as long: far later than all else is done.
+# The first samples are taken again after eight times as long: far later than all else is done.
 SETTLE_SECONDS = 6.0
 SEED = 700
 

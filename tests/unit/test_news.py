@@ -171,3 +171,45 @@ def test_a_search_that_ends_early_leaves_its_heads(clock: Clock) -> None:
     with pytest.raises(KeyboardInterrupt):
         search()
     assert heads_taken(found) == [7, 9, 11]
+
+
+def test_after_a_search_for_what_is_new_one_for_everything_is_owed(clock: Clock) -> None:
+    found = News()
+    found.add(POOL, samples=1)
+    heads_taken(found)
+    clock.now += ALL_SECONDS
+    assert not searches(found, MANY), "that was everything"
+    found.add(POOL, deep=1, heads=SOME)
+    heads_taken(found)  # everything again: its time has come
+    found.add(POOL, deep=1, heads=SOME)
+    assert heads_taken(found) == [7, 9]
+    clock.now += ALL_SECONDS - 1
+    assert not searches(found, MANY)
+    clock.now += 1
+    assert not searches(found, MANY, rest=2 * ALL_SECONDS), "it has to be cheap enough"
+    assert searches(found, MANY) == [(POOL, True)]
+    assert heads_taken(found) is None
+    clock.now += 2 * ALL_SECONDS
+    assert not searches(found, MANY), "once"
+
+
+def test_what_was_not_carried_out_is_searched_again(clock: Clock) -> None:
+    found = News()
+    found.add(POOL, samples=1)
+    with found.taken(POOL, samples=True):
+        found.owe(POOL)
+    assert not searches(found, MANY)
+    clock.now += ALL_SECONDS
+    assert searches(found, MANY) == [(POOL, True)]
+
+
+def test_a_search_among_what_was_read_in_full_is_not_about_everything(clock: Clock) -> None:
+    del clock
+    found = News()
+    found.owe(POOL)
+    found.add(POOL, deep=1)
+    assert heads_taken(found, samples=False) is None
+    found.add(POOL, deep=1, heads=SOME)
+    assert heads_taken(found, samples=False) == [7, 9], "it was about all of these"
+    found.add(POOL, samples=1, heads=SOME)
+    assert heads_taken(found) is None

@@ -6,9 +6,12 @@ from __future__ import annotations
 import sys
 import time
 from types import FrameType
+from typing import Any
 
 import numpy as np
+import pytest
 
+from mergemem_agent import outcome
 from mergemem_agent.contract import DEPTH_FULL_BYTES, DEPTH_SAMPLE_BYTES
 from mergemem_agent.pipeline import Pipeline
 from mergemem_agent.prior import _ASSUMED_SHARE
@@ -104,6 +107,32 @@ def test_pages_that_are_on_their_way_do_not_speak_against_their_siblings() -> No
     for target in pipeline.targets:
         siblings = pipeline.queue._siblings[target.pool]
         assert min(siblings.share(target.regions.rows["number"])) >= 0.99 * _ASSUMED_SHARE
+
+
+def test_a_pool_that_ends_while_it_is_searched_teaches_nothing() -> None:
+    """Its last process may end at any pace, and be noticed after any request."""
+    host = Host()
+    pages = np.arange(1, REGION_PAGES + 1)
+    for pid in (1, 2):
+        host.start(pid, pages)
+    pipeline = host.pipeline(policy(0.05))
+    remember = outcome.remember
+    ended = False
+
+    def end_all(*arguments: Any) -> None:
+        nonlocal ended
+        remember(*arguments)
+        for target in pipeline.targets:
+            pipeline.targets.forget(target)
+        ended = True
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(outcome, "remember", end_all)
+        deadline = time.monotonic() + 20
+        while not ended and time.monotonic() < deadline:
+            host.round(pipeline)
+    assert ended
+    assert not len(pipeline.targets)
 
 
 def test_memory_that_always_changes_speaks_against_its_siblings() -> None:

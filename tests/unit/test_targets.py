@@ -7,17 +7,28 @@ import os
 import subprocess
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 
 import pytest
 
 from mergemem_agent import targets as module
 from mergemem_agent.hint import ProcessEvents
 from mergemem_agent.policy import Glob, Policy, PolicySet, Selector
-from mergemem_agent.procfs import ProcFs
-from mergemem_agent.targets import MAX_WAITING, Targets
+from mergemem_agent.procfs import Process, ProcFs
+from mergemem_agent.targets import KERNEL_THREAD_SECONDS, MAX_WAITING, Targets
 from tests.unit.sleeper import SLEEPER
 
 SLEEPERS = PolicySet(policies=(Policy(name="sleepers", select=Selector(executable=Glob(SLEEPER))),))
+
+
+class Clock:
+    """Stands for the module time."""
+
+    def __init__(self, now: float) -> None:
+        self.now = now
+
+    def monotonic(self) -> float:
+        return self.now
 
 
 @pytest.fixture
@@ -101,3 +112,27 @@ def test_repairs_keep_apart(targets: Targets, monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(module, "REPAIR_SECONDS", 0.0)
     targets.take_events(ProcessEvents())  # what was put off
     assert len(syncs) == 2
+
+
+def test_kernel_threads_are_rarely_looked_at_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """There are hundreds on a large host, and nothing comes of them."""
+    procfs = ProcFs()
+    looked: list[int] = []
+
+    def kernel_thread(pid: int) -> Process | None:
+        looked.append(pid)
+        found = ProcFs().process(pid)
+        return found and replace(found, kernel_thread=True)
+
+    monkeypatch.setattr(procfs, "process", kernel_thread)
+    targets = Targets(SLEEPERS, procfs)
+    targets.sync()
+    assert os.getppid() in looked
+    before = time.monotonic()
+    monkeypatch.setattr(module, "time", Clock(before + KERNEL_THREAD_SECONDS - 1))
+    looked.clear()
+    targets.sync()
+    assert os.getppid() not in looked
+    monkeypatch.setattr(module, "time", Clock(before + KERNEL_THREAD_SECONDS + 1))
+    targets.sync()
+    assert os.getppid() in looked
