@@ -175,11 +175,12 @@ class Agent:
             now = time.monotonic()
             stirred = woken or self._stirred or bool(self._pipeline.targets.waiting)
             nap = self._naps.next(now, stirred, now - self._followed)
-            if hinted and nap.for_hints:
-                self._source.wake_for_hints()
-                if self._has_hints():  # they came before anybody was to be woken
-                    return
             others = min(self._snapshot_due - now, self._notifier.due_seconds())
+            if hinted and nap.for_hints:
+                if not self._source.wake_for_hints():
+                    others = min(others, IDLE_SECONDS)
+                elif self._has_hints():  # they came before anybody was to be woken
+                    return
             nap_seconds = min(nap.seconds, left, max(0.0, others))
             descriptor = self._source.descriptor() if nap.for_events else None
             woken = self._signals.sleep(nap_seconds, descriptor)

@@ -69,10 +69,11 @@ class HintSource(Protocol):
     def has_hints(self) -> bool:
         """Tell whether it is time for hints() and there may be some."""
 
-    def wake_for_hints(self) -> None:
+    def wake_for_hints(self) -> bool:
         """Have the next hint wake whoever waits for the descriptor, once, or until a drain.
 
-        To be followed by has_hints(): they may have come before.
+        To be followed by has_hints(): they may have come before. False: too soon after a drain for
+        that to tell, and nobody is woken.
         """
 
     def descriptor(self) -> int | None:
@@ -105,8 +106,9 @@ class NoHints:
         """Tell that there are none."""
         return False
 
-    def wake_for_hints(self) -> None:
-        """Do nothing."""
+    def wake_for_hints(self) -> bool:
+        """Do nothing: there will be none."""
+        return True
 
     def descriptor(self) -> None:
         """Tell that there is nothing to wait for."""
@@ -196,9 +198,12 @@ class BpfHints:
             return True
         return bool(totals["sampled"] - self._sampled > SAMPLED_PER_SECOND * passed)
 
-    def wake_for_hints(self) -> None:
-        """Have the program report the next fault that it counts."""
+    def wake_for_hints(self) -> bool:
+        """Have the program report the next fault that it counts; False: too soon after a drain."""
+        if time.monotonic() - self._drained < self._drain_seconds:
+            return False
         self._program.configure(self._epoch, *self._chosen, wake=True)
+        return True
 
     def descriptor(self) -> int:
         """Return that of the ring buffer."""

@@ -14,13 +14,13 @@ full; pages with the same full checksum, which are to be read once more; and tho
 were the same, which are nominated.
 
 Memory. All words of n pages are 8 n bytes and stay where they are (8.3 n with all that goes with
-them). A chunk is a 128th of them, or 8,192 pages where that is more. While it is worked on it
-takes 12 bytes a page for words and places, 8 for the keys, 80 for counting them by their first
-bits, and after that up to 130 for what becomes of them when each page is in a group: 150 / 128 =
-1.2 bytes; and a 64th of the pages, nominated, 8 bytes each. Sum: 9.6 n; the limit is 10 n. 64 GiB
-of memory in 4 KiB pages take 161 MB at most. Where huge pages are to be split, their tally
-(huge.py) takes 2 bytes more for each of their blocks, and 40 for each region: 0.1 n, or 0.2 n with
-folios of 64 KiB and less. `python -m tests.bench.index_memory` measures it.
+them). A chunk is a 128th of them, or 8,192 pages where that is more; of few pages, 16,384. While it
+is worked on it takes 12 bytes a page for words and places, 8 for the keys, 80 for counting them by
+their first bits, and after that up to 130 for what becomes of them when each page is in a group:
+150 / 128 = 1.2 bytes; and a 64th of the pages, nominated, 8 bytes each. Sum: 9.6 n; the limit is
+10 n. 64 GiB of memory in 4 KiB pages take 161 MB at most. Where huge pages are to be split, their
+tally (huge.py) takes 2 bytes more for each of their blocks, and 40 for each region: 0.1 n, or 0.2 n
+with folios of 64 KiB and less. `python -m tests.bench.index_memory` measures it.
 
 Time. 100 to 130 ns a page that is searched, where a quarter million are. Where little is new, most
 words are left out at a glance: heads.py.

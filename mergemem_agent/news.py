@@ -8,7 +8,8 @@ search costs wait for longer, until more comes or the search is cheap enough for
 Where little is new, a search is about that alone (heads.py). After one of these, or where requests
 were not carried out, one about everything is owed, ALL_SECONDS after the last: there are pages that
 could be merged and were not, for reasons that pass. The kernel was busy with them, a cap was
-reached, or so many others shared them that merging would have freed nothing.
+reached, or so many others shared them that merging would have freed nothing. As long as such a
+reason does not pass, the next one is owed after twice as long.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ Array = np.ndarray[Any, np.dtype[Any]]
 INDEX_SECONDS: Final = 30.0
 CHEAP_INDEX_PAGES: Final = 65536
 ALL_SECONDS: Final = 60.0
+_MOST_ALL_SECONDS: Final = 1800.0
 
 
 @dataclass
@@ -41,6 +43,8 @@ class _PoolNews:
     deep: int = 0  # by full checksums
     heads: Heads = field(default_factory=Heads)  # of both
     owed: bool = False  # a search about everything, if there are no news by then, too
+    failed: bool = False  # requests of the last search were not carried out
+    owed_seconds: float = ALL_SECONDS  # after the last one about everything
     searched_all: float = -math.inf  # when the last search began that was about everything
     searched_deep: float = -math.inf  # ... or about all that was read in full
 
@@ -68,8 +72,9 @@ class News:
             news.heads.add(heads)
 
     def owe(self, pool: Pool) -> None:
-        """Have a pool searched once more, though nothing may be new."""
-        self._pools.setdefault(pool, _PoolNews(time.monotonic())).owed = True
+        """Have a pool searched once more: requests were not carried out. Nothing has to be new."""
+        news = self._pools.setdefault(pool, _PoolNews(time.monotonic()))
+        news.owed = news.failed = True
 
     def clear(self) -> None:
         """Forget all."""
@@ -102,7 +107,7 @@ class News:
             return cheap and not rest and not due_in(pool)
 
         def is_owed(pool: Pool, news: _PoolNews) -> bool:
-            if not news.owed or now - news.searched_all < ALL_SECONDS:
+            if not news.owed or now - news.searched_all < news.owed_seconds:
                 return False
             return now - news.searched >= rest_seconds(pages[pool], 0)
 
@@ -115,10 +120,10 @@ class News:
         return found
 
     @contextmanager
-    def taken(self, pool: Pool, samples: bool) -> Iterator[Array | None]:
+    def taken(self, pool: Pool, samples: bool, everything: bool = False) -> Iterator[Array | None]:
         """Count anew while a pool is searched; one that ends early leaves all of it as news.
 
-        Gives the heads that the search is about, as Heads.table() has them; None: everything.
+        Gives the heads that the search is about, as Heads.table() has them; None: `everything`.
         """
         news = self._pools[pool]
         before, deep_before, heads = news.samples, news.deep, news.heads
@@ -126,8 +131,13 @@ class News:
         news.heads = Heads()
         now = time.monotonic()
         all_before = news.searched_all if samples else max(news.searched_all, news.searched_deep)
-        table = heads.table() if now - all_before < ALL_SECONDS else None
+        table = None
+        if not everything and now - all_before < ALL_SECONDS:
+            table = heads.table()
         owed, news.owed = news.owed, table is not None
+        longer = min(2 * news.owed_seconds, _MOST_ALL_SECONDS)
+        news.owed_seconds = longer if news.failed else ALL_SECONDS
+        news.failed = False
         try:
             yield table
         except BaseException:

@@ -279,12 +279,16 @@ class Pipeline:
     def _search(self, module: Module, limits: Limits, pool: Pool, samples: bool) -> None:
         """Search a pool for partners and for what has settled, and merge the latter."""
         targets = self.targets.pool(pool)
+        if not targets:
+            return  # it has ended while others were searched
         memories = [target.regions for target in targets]
+        pages = sum(regions.pages for regions in memories)
+        splits = pool.rules.split_percent is not None
         partners = Partners(memories, [target.policy.settle_seconds for target in targets])
         caps = Caps(self.targets.policies, self.memory())
         seconds, merged = 0.0, [regions.rows["merged"].copy() for regions in memories]
         try:
-            with self._news.taken(pool, samples) as heads, self._keep_tables():
+            with self._news.taken(pool, samples, splits) as heads, self._keep_tables():
                 for request in search(memories, pool.rules, limits, partners, samples, heads):
                     seconds += self._paid("index", targets[0])
                     self._pace()
@@ -294,8 +298,8 @@ class Pipeline:
         finally:
             for regions in memories:
                 self.counts.flow.take(regions)
-        if heads is None or pool.rules.split_percent is not None:
-            self.queue.costs.learn_search(seconds, sum(regions.pages for regions in memories))
+        if heads is None:
+            self.queue.costs.learn_search(seconds, pages)
         self._pace()
 
     def _replace_zeros(self, module: Module, limits: Limits) -> None:
@@ -323,6 +327,8 @@ class Pipeline:
                 return
             request = request.only(allowed)
         results = self._merge(module, targets, request)
+        if results is None or (results == Result.NOMEM).any():
+            self._news.owe(targets[0].pool)
         if results is not None:
             caps.take(request, results, policies)
 
@@ -345,7 +351,6 @@ class Pipeline:
         except (ModuleMissing, PermissionDenied):
             raise
         except ModuleFailure as failure:
-            self._news.owe(named[0].pool)
             self._failed("merge", f"a merge request was refused: {failure.message}")
         else:
             outcome.count(self.counts, targets, request, results)
@@ -365,7 +370,6 @@ class Pipeline:
         if any(counts[result] for result in GONE):
             self._synced = -float("inf")  # /proc tells who is gone
         if counts[Result.NOMEM]:
-            self._news.owe(targets[0].pool)
             self._no_memory_until = time.monotonic() + self._no_memory_seconds
             self._no_memory_seconds = min(self._no_memory_seconds * 2, NOMEM_MAX_SECONDS)
         elif counts[Result.SUCCESS]:

@@ -43,6 +43,7 @@ class Source:
         self.reader, self.writer = os.pipe()
         self.pending = False
         self.asked_to_wake = 0
+        self.may_ask = True
         self.taken: Callable[[], None] = lambda: None
 
     def watch(self, processes: Iterable[ProcessId]) -> None:
@@ -54,8 +55,9 @@ class Source:
     def has_hints(self) -> bool:
         return self.pending
 
-    def wake_for_hints(self) -> None:
-        self.asked_to_wake += 1
+    def wake_for_hints(self) -> bool:
+        self.asked_to_wake += self.may_ask
+        return self.may_ask
 
     def descriptor(self) -> int:
         return self.reader
@@ -161,14 +163,33 @@ def test_hints_that_came_as_the_agent_asked_to_be_woken_are_not_slept_over(
     agent: Agent, source: Source, monkeypatch: pytest.MonkeyPatch
 ) -> None:
 
-    def too_late() -> None:
+    def too_late() -> bool:
         source.pending = True
+        return True
 
     monkeypatch.setattr(source, "wake_for_hints", too_late)
     agent._pipeline.find_targets()
     before = time.monotonic()
     agent._idle(600.0)
     assert time.monotonic() < before + nap.IDLE_SECONDS / 2
+
+
+@pytest.mark.usefixtures("soon_quiet")
+def test_just_after_a_drain_the_agent_looks_by_itself(agent: Agent, source: Source) -> None:
+    """It cannot ask to be woken then, and a hint may just have come."""
+    source.may_ask = False
+    agent._naps.stir(time.monotonic() - 600.0)
+    agent._pipeline.find_targets()
+    looks: list[float] = []
+
+    def has_hints() -> bool:
+        looks.append(time.monotonic())
+        return len(looks) == 2
+
+    source.has_hints = has_hints  # type: ignore[method-assign]
+    before = time.monotonic()
+    agent._idle(600.0)
+    assert time.monotonic() < before + 2 * nap.IDLE_SECONDS
 
 
 @pytest.mark.usefixtures("soon_quiet")

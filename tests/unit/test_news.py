@@ -213,3 +213,33 @@ def test_a_search_among_what_was_read_in_full_is_not_about_everything(clock: Clo
     assert heads_taken(found, samples=False) == [7, 9], "it was about all of these"
     found.add(POOL, samples=1, heads=SOME)
     assert heads_taken(found) is None
+
+
+def test_what_is_never_carried_out_is_searched_ever_more_rarely(clock: Clock) -> None:
+    found = News()
+    found.add(POOL, samples=1)
+    waits = []
+    for _ in range(7):
+        with found.taken(POOL, samples=True):
+            found.owe(POOL)
+        begun = clock.now
+        while not searches(found, MANY):
+            clock.now += 1
+        waits.append((clock.now - begun) / ALL_SECONDS)
+    assert waits == [1, 2, 4, 8, 16, 30, 30]
+    heads_taken(found)
+    heads_taken(found)
+    found.owe(POOL)
+    clock.now += ALL_SECONDS
+    assert searches(found, MANY) == [(POOL, True)]
+
+
+def test_a_pool_of_huge_pages_is_searched_for_everything(clock: Clock) -> None:
+    found = News()
+    found.add(POOL, samples=1)
+    heads_taken(found)
+    found.add(POOL, samples=1, heads=SOME)
+    with found.taken(POOL, samples=True, everything=True) as heads:
+        assert heads is None
+    clock.now += 2 * ALL_SECONDS
+    assert not searches(found, MANY), "none is owed"

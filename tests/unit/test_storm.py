@@ -16,6 +16,7 @@ from mergemem_agent.contract import DEPTH_FULL_BYTES, DEPTH_SAMPLE_BYTES
 from mergemem_agent.pipeline import Pipeline
 from mergemem_agent.prior import _ASSUMED_SHARE
 from mergemem_agent.region import REGION_PAGES
+from mergemem_agent.targets import Pool
 from mergemem_agent.word import Stage
 from tests.unit.synthetic import Host, policy
 
@@ -132,6 +133,25 @@ def test_a_pool_that_ends_while_it_is_searched_teaches_nothing() -> None:
         while not ended and time.monotonic() < deadline:
             host.round(pipeline)
     assert ended
+    assert not len(pipeline.targets)
+
+
+def test_a_pool_that_ends_while_others_are_searched_is_not_searched() -> None:
+    host = Host()
+    for pid in (1, 2):
+        host.start(pid, np.arange(1, REGION_PAGES + 1))
+    pipeline = host.pipeline(policy(SETTLE_SECONDS))
+    sync_and_round(host, pipeline)
+    pool = next(iter(pipeline.targets)).pool
+    pipeline._news.add(pool, samples=1)
+
+    def end_all() -> list[tuple[Pool, bool]]:
+        for target in pipeline.targets:
+            pipeline.targets.forget(target)
+        return [(pool, True)]
+
+    pipeline._searches = end_all  # type: ignore[method-assign]
+    host.round(pipeline)
     assert not len(pipeline.targets)
 
 
