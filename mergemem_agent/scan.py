@@ -42,6 +42,7 @@ MAPPINGS_MAX_SECONDS: Final = 120.0
 # ... and so soon after a hint about memory that was not mapped when they were read.
 MAPPINGS_HINT_SECONDS: Final = 1.0
 _MAPPINGS_AT_ONCE: Final = 8
+_MAPPINGS_TICKS: Final = 4
 
 # A process is not scanned before it is as old as its policy's `settle`, or as this.
 YOUNG_SECONDS: Final = 2.0
@@ -161,7 +162,9 @@ class ScanQueue:
         changed = target.regions.replace(numbers[:MAX_REGIONS], now)
         doubled = min(tracked.interval * 2, MAPPINGS_MAX_SECONDS)
         tracked.interval = MAPPINGS_SECONDS if changed else doubled
-        target.mapped = now + tracked.interval
+        # At the same times for all that are read as often: the agent wakes up once for them.
+        tick = tracked.interval / _MAPPINGS_TICKS
+        target.mapped = math.ceil(now / tick + _MAPPINGS_TICKS) * tick
 
     # --- what is due ----------------------------------------------------------------------------
 

@@ -21,6 +21,7 @@ from mergemem_agent.region import REGION_BYTES
 from mergemem_agent.scan import (
     IDLE_SHARE,
     MAPPINGS_HINT_SECONDS,
+    MAPPINGS_SECONDS,
     ScanQueue,
     region_numbers,
 )
@@ -159,6 +160,24 @@ def test_a_refused_process_is_left_alone(sleepers: list[subprocess.Popen[bytes]]
     targets.refuse(target)
     targets.sync()
     assert sleepers[0].pid not in pids(targets)
+
+
+def test_mappings_are_read_again_at_common_times(
+    sleepers: list[subprocess.Popen[bytes]],
+) -> None:
+    """Each time costs a wake, if nothing else is to be done."""
+    targets = Targets(SLEEPERS, ProcFs())
+    sync_until(targets, {process.pid for process in sleepers})
+    queue = queue_of(targets)
+    due = []
+    for number, tracked in enumerate(queue._tracked.values()):
+        now = 1000.1 + number
+        tracked.interval = MAPPINGS_SECONDS  # and the mappings are as they were
+        queue._read_mappings(tracked, now)
+        assert 2 * MAPPINGS_SECONDS <= tracked.target.mapped - now <= 2.5 * MAPPINGS_SECONDS
+        due.append(tracked.target.mapped)
+    assert len(due) > 1
+    assert len(set(due)) == 1
 
 
 def test_every_region_comes_once(
