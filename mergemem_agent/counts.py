@@ -13,7 +13,7 @@ import enum
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Final
 
 from mergemem_agent.contract import PAGE_BYTES, Result
 from mergemem_agent.flow import Flow
@@ -146,11 +146,16 @@ class Snapshot:
         return plain
 
 
+_PLAIN: Final = (int, float, str, bool, type(None))
+
+
 def _plain(value: Any) -> Any:
     """Convert what json cannot, all the way down.
 
     dataclasses.asdict() will not do: it rebuilds a Counter from its items, and so counts those.
     """
+    if type(value) in _PLAIN:  # nearly all
+        return value
     if dataclasses.is_dataclass(value):
         return {
             field.name: _plain(getattr(value, field.name)) for field in dataclasses.fields(value)

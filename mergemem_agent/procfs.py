@@ -10,6 +10,7 @@ process ends, that descriptor goes stale, and never leads to a newcomer with the
 
 import contextlib
 import os
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -134,16 +135,22 @@ class ProcFs:
         except (*_GONE, PermissionError):  # permission: /proc may be mounted with hidepid
             return None
 
-    def mappings(self, pid: int, with_flags: bool = False) -> list[Mapping]:
+    def mappings(
+        self, pid: int, with_flags: bool = False, anonymous: bool = False
+    ) -> list[Mapping]:
         """Return all mappings of a process in ascending order; none for a kernel thread.
 
-        Raises ProcessGone, and PermissionDenied where the caller may not look into the process.
+        With `anonymous` only private ones without a file: the many others, of libraries, are passed
+        over at a glance. Raises ProcessGone, and PermissionDenied where the caller may not look
+        into the process.
         """
         try:
             with self._directory(pid) as directory:
                 if with_flags:
                     return list(_parse_smaps(_read_file("smaps", directory)))
-                return list(_parse_maps(_read_file("maps", directory)))
+                maps = _read_file("maps", directory)
+                lines = _ANONYMOUS.findall(maps) if anonymous else maps.split(b"\n")
+                return [_parse_mapping(line) for line in lines if line]
         except PermissionError:
             raise PermissionDenied(
                 f"may not read the mappings of process {pid}",
@@ -267,6 +274,13 @@ def _namespace_root(directory: int) -> int | None:
     return None
 
 
+# Lines of maps with the permission p and the inode 0. Not splitlines() for the others: names may
+# hold a carriage return.
+_ANONYMOUS = re.compile(
+    rb"^[0-9a-f]+-[0-9a-f]+ ...p [0-9a-f]+ [0-9a-f]+:[0-9a-f]+ 0(?: .*)?$", re.M
+)
+
+
 def _parse_mapping(line: bytes, flags: frozenset[str] = frozenset()) -> Mapping:
     """Parse one line of maps. Newlines in names are escaped, and blanks only end the others."""
     fields = line.split(None, 5)
@@ -279,13 +293,6 @@ def _parse_mapping(line: bytes, flags: frozenset[str] = frozenset()) -> Mapping:
         name=os.fsdecode(fields[5]) if len(fields) > 5 else "",
         flags=flags,
     )
-
-
-def _parse_maps(maps: bytes) -> Iterator[Mapping]:
-    # Not splitlines(): names may hold a carriage return.
-    for line in maps.split(b"\n"):
-        if line:
-            yield _parse_mapping(line)
 
 
 def _parse_smaps(smaps: bytes) -> Iterator[Mapping]:

@@ -148,7 +148,7 @@ class ScanQueue:
     def _read_mappings(self, tracked: _Tracked, now: float) -> None:
         target = tracked.target
         try:
-            numbers = region_numbers(self._procfs.mappings(target.process.pid))
+            numbers = region_numbers(self._procfs.mappings(target.process.pid, anonymous=True))
         except ProcessGone:
             self._targets.forget(target)
             target.mapped = math.inf

@@ -66,7 +66,12 @@ class WindowsOnly(ProcFs):
         super().__init__()
         self._windows = windows
 
-    def mappings(self, pid: int, with_flags: bool = False) -> list[Mapping]:  # noqa: ARG002
+    def mappings(
+        self,
+        pid: int,
+        with_flags: bool = False,  # noqa: ARG002
+        anonymous: bool = False,  # noqa: ARG002
+    ) -> list[Mapping]:
         return [
             Mapping(each.address, each.address + WINDOW_BYTES, "rw-p", 0, "", frozenset())
             for each in self._windows

@@ -125,7 +125,12 @@ class Host:
         size = len(self.memories[pid].contents) * PAGE_BYTES
         return Process(self._ids[pid], 1, 0, "/synthetic", ("s",), "/", size, self.ages[pid], False)
 
-    def mappings(self, pid: int, with_flags: bool = False) -> list[Mapping]:  # noqa: ARG002
+    def mappings(
+        self,
+        pid: int,
+        with_flags: bool = False,  # noqa: ARG002
+        anonymous: bool = False,  # noqa: ARG002
+    ) -> list[Mapping]:
         self.mappings_read += 1
         if pid not in self.memories:
             raise ProcessGone(f"no process {pid}")

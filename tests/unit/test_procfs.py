@@ -234,6 +234,15 @@ def test_maps(fake: FakeProc) -> None:
     assert {each.flags for each in mappings} == {frozenset()}
 
 
+def test_only_what_may_be_anonymous_is_picked_out(fake: FakeProc) -> None:
+    fake.add(42)
+    (fake.root / "42" / "maps").write_bytes(MAPS.encode())
+    picked = ProcFs(fake.root).mappings(42, anonymous=True)
+    of_all = ProcFs(fake.root).mappings(42)
+    assert picked == [each for each in of_all if each.permissions[3] == "p" and not each.inode]
+    assert len(picked) == 6
+
+
 def test_smaps_have_the_same_mappings_and_flags(fake: FakeProc) -> None:
     smaps = "".join(
         f"{line}\nSize:                  8 kB\nTHPeligible:           0\nVmFlags: rd {flag} \n"
