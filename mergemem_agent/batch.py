@@ -44,8 +44,9 @@ def look(
     policy = batch[0].target.policy
     now = time.monotonic()
     window = Window(_stretches(batch))
-    full = np.ones(len(window.rows) * REGION_PAGES, dtype=np.bool_)
-    if not everything:
+    if everything:
+        full = np.ones(len(window.rows) * REGION_PAGES, dtype=np.bool_)
+    else:
         full = window.wanted_in_full(now, policy.settle_seconds)
     records = blank_records(len(window.rows))
     failed, ends = [], np.cumsum([work.count for work in batch]) * REGION_PAGES

@@ -8,6 +8,7 @@ that have the same head by chance.
 
 from __future__ import annotations
 
+import sys
 from typing import Any, Final
 
 import numpy as np
@@ -20,6 +21,7 @@ HEAD_BITS: Final = 16
 MOST_PAGES: Final = 4096
 
 _SHIFT: Final = np.uint64(64 - HEAD_BITS)
+_PLACE: Final = 3 if sys.byteorder == "little" else 0
 
 
 def heads_of(words: Array) -> Array | None:
@@ -27,6 +29,12 @@ def heads_of(words: Array) -> Array | None:
     if len(words) > MOST_PAGES:
         return None
     return np.unique((words >> _SHIFT).astype(np.uint16))
+
+
+def each_head(joined: bytes) -> Array:
+    """Return the head of each of many words, as they lie in memory."""
+    heads: Array = np.frombuffer(joined, dtype=np.uint16)[_PLACE::4]
+    return heads
 
 
 class Heads:

@@ -34,6 +34,7 @@ from typing import Any, Final
 
 import numpy as np
 
+from mergemem_agent.heads import each_head
 from mergemem_agent.nominated import MIN_HELD_PAGES, Nominations, packed, sizes_of, starts_of
 from mergemem_agent.region import Regions
 from mergemem_agent.word import (
@@ -64,7 +65,6 @@ SMALL_POOL_PAGES: Final = 1 << 17
 # How many regions are joined to be searched at once: at most 256 KiB of words.
 _REGIONS_AT_ONCE: Final = 64
 _HIGHEST_BYTE, _LOWEST_BYTE = (7, 0) if sys.byteorder == "little" else (0, 7)
-_HIGHEST_PAIR = 3 if sys.byteorder == "little" else 0
 
 _U64 = np.uint64
 
@@ -163,7 +163,7 @@ class _Places:
         """Return how many words have one of the flags needed; or one of the `heads`, if given."""
         if heads is not None:
             return sum(
-                int(np.count_nonzero(heads.take(_heads_of(joined)))) for _, joined in self._joined()
+                int(np.count_nonzero(heads.take(each_head(joined)))) for _, joined in self._joined()
             )
         if not needed:
             return int(self._pages.sum(dtype=np.int64))
@@ -186,7 +186,7 @@ class _Places:
             shares = np.frombuffer(joined, dtype=np.uint8)[_HIGHEST_BYTE::8]
             (positions,) = (shares >> np.uint8(8 - share_bits) == share).nonzero()
             if heads is not None:
-                positions = positions[heads.take(_heads_of(joined).take(positions))]
+                positions = positions[heads.take(each_head(joined).take(positions))]
             found = words.take(positions)
             chosen = usable.take(found.astype(np.uint8))
             positions, found = positions[chosen], found[chosen]
@@ -206,12 +206,6 @@ class _Places:
         """Return the index of the process, and the number of the region, of each place."""
         places = places.astype(np.intp)
         return self._starts.searchsorted(places, side="right") - 1, self._numbers.take(places)
-
-
-def _heads_of(joined: bytes) -> Array:
-    """Return the head of each word, see heads.py."""
-    heads: Array = np.frombuffer(joined, dtype=np.uint16)[_HIGHEST_PAIR::4]
-    return heads
 
 
 def _usable(needed: int, huge: bool) -> Array:

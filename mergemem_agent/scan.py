@@ -251,7 +251,7 @@ class ScanQueue:
         pairs = list(zip(memories, before, strict=True))
         gained = [one.rows["number"][one.rows["merged"] > merged] for one, merged in pairs]
         numbers = np.unique(np.concatenate(gained)) if gained else ()
-        if not len(numbers) or not self._targets.pool(pool):
+        if not len(numbers):
             return
         rows = np.concatenate([one.rows[np.isin(one.rows["number"], numbers)] for one in memories])
         rows = rows[(rows["looks"] > 0) & (rows["first"] == 0) & (rows["second"] == 0)]

@@ -134,6 +134,7 @@ def test_a_pool_that_ends_while_it_is_searched_teaches_nothing() -> None:
             host.round(pipeline)
     assert ended
     assert not len(pipeline.targets)
+    assert not pipeline.queue._siblings
 
 
 def test_a_pool_that_ends_while_others_are_searched_is_not_searched() -> None:
